@@ -1,0 +1,1 @@
+"""Stage 4: token sequences become one embedding per user and cutoff."""

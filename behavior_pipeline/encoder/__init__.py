@@ -1,0 +1,1 @@
+"""Stage 3: the behavioural transformer, its objectives, training and checkpoints."""

@@ -1,0 +1,1 @@
+"""Stage 5: publishing to Feast, reading back, looking up."""

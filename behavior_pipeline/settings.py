@@ -1,0 +1,91 @@
+"""One typed settings object: defaults < `pipeline.yaml` < environment (`BEHAVIOR_…`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from behavior_pipeline.errors import PipelineError
+
+SETTINGS_FILE = "pipeline.yaml"
+
+
+class Settings(BaseSettings):
+    """Everything that may differ between two installations of the pipeline."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BEHAVIOR_", yaml_file=SETTINGS_FILE, extra="forbid", frozen=True
+    )
+
+    data_root: Path = Field(Path("data"), description="folder that holds one home per source")
+    source: str = Field("simulated", description="name of a mapping preset, or path of a YAML file")
+    path: str | None = Field(
+        None, description="file, folder or glob of raw events; may hold {date} for nightly arrivals"
+    )
+    seed: int = Field(0, description="every random choice derives from it")
+    partitions_start: str = Field("2005-01-01", description="first nightly partition, YYYY-MM-DD")
+
+    horizon_days: int | None = Field(None, description="overrides the preset's label window")
+    lookback_days: int | None = Field(None, description="overrides the preset's population window")
+
+    memory_limit: str = Field("3GB", description="DuckDB's memory before it spills to disk")
+    threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of DuckDB and torch")
+    num_buckets: PositiveInt = Field(8, description="buckets of users: what is in memory at once")
+
+    simulated_users: PositiveInt = Field(3000, description="users that `simulated` begins with")
+    simulated_days: PositiveInt = Field(180, description="days that `simulated` covers")
+
+    min_token_count: PositiveInt = Field(5, description="rarer values become UNK")
+    max_vocabulary: PositiveInt = Field(20_000, description="most values kept per token field")
+    max_sequence_events: PositiveInt = Field(512, description="newest events kept per user")
+
+    encoder_preset: Literal["tiny", "small", "base"] = Field("small", description="encoder size")
+    max_training_steps: PositiveInt = Field(400, description="optimiser steps at the most")
+
+    num_segments: PositiveInt = Field(6, description="groups of the segmentation")
+    num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
+    max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")
+    bootstrap_samples: PositiveInt = Field(200, description="paired resamples behind an interval")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the environment before `pipeline.yaml`, and no other place."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings; arguments that are not None win over file and environment.
+
+    Raises:
+        PipelineError: if a setting is unknown or has no valid value.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise PipelineError(
+            f"The setting '{name}' is not valid: {first['msg']}.",
+            f"Correct it in {SETTINGS_FILE}, in BEHAVIOR_{name.upper()} or on the command line.",
+        ) from None
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{SETTINGS_FILE} is not valid YAML: {error}") from None

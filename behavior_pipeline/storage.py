@@ -1,0 +1,202 @@
+"""Every location on disk, in one place, and the one way to write: aside, then rename.
+
+A home holds one source. Everything below it is either complete or absent: a kill at any moment
+leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+PRIVATE_FOLDER = 0o700
+PRIVATE_FILE = 0o600
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folders and files of one source's home.
+
+    Attributes:
+        home: the folder that holds everything, `<data root>/<source name>`.
+    """
+
+    home: Path
+
+    @property
+    def raw(self) -> Path:
+        """Raw files that the simulator wrote."""
+        return self.home / "raw"
+
+    @property
+    def events(self) -> Path:
+        """Canonical events: `events/arrival=<key>/*.parquet` with `load.json` beside them."""
+        return self.home / "events"
+
+    @property
+    def quarantine(self) -> Path:
+        """Rejected rows with the reason: `quarantine/arrival=<key>/*.parquet`."""
+        return self.home / "quarantine"
+
+    @property
+    def warehouse(self) -> Path:
+        """The DuckDB file that dbt builds; analysts never open it."""
+        return self.home / "warehouse.duckdb"
+
+    @property
+    def analytics(self) -> Path:
+        """The DuckDB file that analysts open; replaced in one rename."""
+        return self.home / "analytics.duckdb"
+
+    @property
+    def scratch(self) -> Path:
+        """Spill files and folders under construction; safe to delete when nothing runs."""
+        return self.home / "scratch"
+
+    @property
+    def vocabulary(self) -> Path:
+        """The vocabulary that the next checkpoint is trained with."""
+        return self.home / "vocabulary"
+
+    @property
+    def training_sequences(self) -> Path:
+        """Sequences up to `trained_through`, which pretraining reads."""
+        return self.home / "sequences" / "training"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint id."""
+        return self.home / "checkpoints"
+
+    @property
+    def live_checkpoint(self) -> Path:
+        """The pointer to the checkpoint that nightly embeddings use: `{"checkpoint_id": …}`."""
+        return self.checkpoints / "live.json"
+
+    @property
+    def feature_store(self) -> Path:
+        """Feast's registry, its online store and the offline Parquet files."""
+        return self.home / "feature_store"
+
+    def marts(self, cutoff: datetime) -> Path:
+        """Marts that belong to a cutoff: `user_rfm.parquet`, `labels.parquet` and so on."""
+        return self.home / "marts" / cutoff_folder(cutoff)
+
+    @property
+    def events_sessionized(self) -> Path:
+        """All events with gaps and sessions: `user_bucket=<k>/*.parquet`, each in total order."""
+        return self.home / "marts" / "events_sessionized"
+
+    def sequences(self, cutoff: datetime) -> Path:
+        """Token sequences as of a cutoff: `bucket=<k>.parquet`."""
+        return self.home / "sequences" / cutoff_folder(cutoff)
+
+    def states(self, cutoff: datetime) -> Path:
+        """Users' states after their last event before the cutoff: `bucket=<k>.parquet`."""
+        return self.home / "states" / cutoff_folder(cutoff)
+
+    def embeddings(self, cutoff: datetime) -> Path:
+        """Embeddings of the live checkpoint at a cutoff: `bucket=<k>.parquet`."""
+        return self.home / "embeddings" / cutoff_folder(cutoff)
+
+    def control_embeddings(self, cutoff: datetime) -> Path:
+        """Embeddings of an untrained encoder at a cutoff: the control of every comparison."""
+        return self.home / "controls" / "untrained" / cutoff_folder(cutoff)
+
+    def predictions(self, cutoff: datetime) -> Path:
+        """Calibrated scores of every user at a cutoff: `predictions.parquet`."""
+        return self.home / "predictions" / cutoff_folder(cutoff)
+
+    def segments(self, cutoff: datetime) -> Path:
+        """Every user's segment at a cutoff: `segments.parquet` and `profiles.json`."""
+        return self.home / "segments" / cutoff_folder(cutoff)
+
+    def reports(self, cutoff: datetime) -> Path:
+        """`comparison.json` and `report.html` of a night."""
+        return self.home / "reports" / f"{cutoff:%Y-%m-%d}"
+
+
+def cutoff_folder(cutoff: datetime) -> str:
+    """Return the Hive-style folder name of a cutoff, `cutoff=2011-11-09`."""
+    return f"cutoff={cutoff:%Y-%m-%d}"
+
+
+def make_private_folder(folder: Path) -> Path:
+    """Make a folder, readable by its owner alone, with its parents; return it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    return folder
+
+
+def _aside(target: Path) -> Path:
+    """Return an unused hidden name beside the target, on the same file system."""
+    return target.with_name(f".{target.name}.{uuid4().hex[:8]}.aside")
+
+
+@contextmanager
+def writing_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success rename it into place, else remove it."""
+    make_private_folder(target.parent)
+    aside = _aside(target)
+    try:
+        yield aside
+        aside.chmod(PRIVATE_FILE)
+        _flush_to_disk(aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success swap it in, else remove it.
+
+    A folder cannot be renamed over a full one, so the old one steps aside first: a kill between
+    the two renames leaves no folder under the name, which every reader treats as "not built yet".
+    """
+    make_private_folder(target.parent)
+    aside = make_private_folder(_aside(target))
+    old = _aside(target)
+    try:
+        yield aside
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(home: Path) -> int:
+    """Remove what a killed run left under construction; return how many things went."""
+    leftovers = [path for path in home.rglob(".*.aside") if path.exists()] if home.exists() else []
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write JSON with sorted keys, atomically."""
+    with writing_file(target) as aside:
+        aside.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text())
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Make sure that a rename never outlives the content it points to."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

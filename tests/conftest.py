@@ -1,0 +1,64 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings as hypothesis_settings
+
+from behavior_pipeline.settings import Settings, load_settings
+from behavior_pipeline.storage import Storage
+
+hypothesis_settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("default")
+
+
+def realdata_folder() -> Path:
+    """Where the real event logs are, if anywhere."""
+    default = Path(__file__).parents[1] / ".." / "shared" / "data"
+    return Path(os.environ.get("BEHAVIOR_REALDATA", default)).resolve()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, saying so, what needs real logs where there are none."""
+    folder = realdata_folder()
+    if folder.is_dir():
+        return
+    reason = f"no real event logs in {folder}: set BEHAVIOR_REALDATA to their folder"
+    for item in items:
+        if "realdata" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def realdata() -> Path:
+    return realdata_folder()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "data" / "test")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Small settings that no environment variable or file of the developer's changes."""
+    for name in [name for name in os.environ if name.startswith("BEHAVIOR_")]:
+        if name != "BEHAVIOR_REALDATA":
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return load_settings(
+        data_root=tmp_path / "data",
+        memory_limit="1GB",
+        threads=1,
+        num_buckets=3,
+        encoder_preset="tiny",
+        max_training_steps=5,
+        min_token_count=2,
+        num_targets=5,
+        bootstrap_samples=20,
+    )
