@@ -81,7 +81,7 @@ def plan_evaluation(
         PipelineError: if the horizon or lookback is not positive, or the cutoff or the windows
             that it needs lie outside the data.
     """
-    _check_positive(horizon_days, lookback_days)
+    check_positive_windows(horizon_days, lookback_days)
     horizon = timedelta(days=horizon_days)
     span = f"{first_event_at:%Y-%m-%d} to {last_event_at:%Y-%m-%d}"
     if not first_event_at < cutoff <= last_event_at + timedelta(days=1):
@@ -108,8 +108,12 @@ def default_cutoff(last_event_at: datetime, horizon_days: int) -> datetime:
     return midnight((last_event_at - timedelta(days=horizon_days)).date())
 
 
-def _check_positive(horizon_days: int, lookback_days: int) -> None:
-    """Refuse windows without a length."""
+def check_positive_windows(horizon_days: int, lookback_days: int) -> None:
+    """Refuse windows without a length.
+
+    Raises:
+        PipelineError: naming the window.
+    """
     for name, days in (("horizon", horizon_days), ("lookback", lookback_days)):
         if days <= 0:
             raise PipelineError(

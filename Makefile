@@ -1,0 +1,53 @@
+# All set-up happens inside the targets: each makes the virtual environment when it is missing or
+# older than what defines it, and does nothing when it is current.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MANIFEST := dbt_sql/target/manifest.json
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test ui bench lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+$(MANIFEST): $(STAMP) $(shell find dbt_sql -name '*.sql' -o -name '*.yml' | grep -v target)
+	$(BIN)/dbt --quiet parse --project-dir dbt_sql --profiles-dir dbt_sql
+
+setup: $(STAMP) $(MANIFEST)  ## make the virtual environment and dbt's manifest
+
+demo: setup  ## raw simulated events become published embeddings and a report
+	$(BIN)/behavior-pipeline run
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+ui: setup  ## serve the Dagster UI and its daemon on port 3000
+	$(BIN)/behavior-pipeline ui
+
+bench: setup  ## run the benchmarks; one JSON line per figure
+	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+lint: setup  ## types, style, seams, SQL
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/sqlfluff lint --disable-progress-bar dbt_sql/models
+
+format: setup  ## rewrite the files as the linters want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/sqlfluff fix --disable-progress-bar dbt_sql/models
+
+clean:  ## remove the virtual environment and caches; data stay
+	rm -rf $(VENV) build *.egg-info dbt_sql/target dbt_sql/logs .mypy_cache .ruff_cache \
+	  .pytest_cache .hypothesis .import_linter_cache
