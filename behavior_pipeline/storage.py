@@ -111,6 +111,10 @@ class Storage:
         """Embeddings of an untrained encoder at a cutoff: the control of every comparison."""
         return self.home / "controls" / "untrained" / cutoff_folder(cutoff)
 
+    def control_states(self, cutoff: datetime) -> Path:
+        """States behind `control_embeddings`."""
+        return self.home / "controls" / "untrained_states" / cutoff_folder(cutoff)
+
     def predictions(self, cutoff: datetime) -> Path:
         """Calibrated scores of every user at a cutoff: `predictions.parquet`."""
         return self.home / "predictions" / cutoff_folder(cutoff)
@@ -137,7 +141,7 @@ def make_private_folder(folder: Path) -> Path:
 
 def _aside(target: Path) -> Path:
     """Return an unused hidden name beside the target, on the same file system."""
-    return target.with_name(f".{target.name}.{uuid4().hex[:8]}.aside")
+    return target.with_name(f".{target.name}.{os.getpid()}-{uuid4().hex[:8]}.aside")
 
 
 @contextmanager
@@ -175,14 +179,27 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(home: Path) -> int:
-    """Remove what a killed run left under construction; return how many things went."""
-    leftovers = [path for path in home.rglob(".*.aside") if path.exists()] if home.exists() else []
+    """Remove what killed processes left under construction; return how many things went."""
+    found = sorted(home.rglob(".*.aside")) if home.exists() else []
+    leftovers = [path for path in found if path.exists() and not _is_being_written(path)]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _is_being_written(aside: Path) -> bool:
+    """Tell whether the process that made a temporary name still lives."""
+    pid = aside.name.rsplit(".", 2)[-2].split("-")[0]
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def write_json(target: Path, content: Any) -> None:

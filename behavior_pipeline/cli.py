@@ -1,0 +1,248 @@
+"""The command line: thin; every command runs the jobs that the Dagster UI shows, or a stage."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import date, datetime
+from functools import wraps
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.windows import parse_cutoff
+
+USER_MISTAKE = 2
+FAILURE = 1
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Raw behavioural events become one embedding per user, every night.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Source = Annotated[str | None, typer.Option(help="Preset name, or path of your own preset.")]
+RawPath = Annotated[str | None, typer.Option("--path", help="File, folder or glob of raw events.")]
+Cutoff = Annotated[str | None, typer.Option(help="Observation cutoff, YYYY-MM-DD (midnight UTC).")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds everything written.")]
+Horizon = Annotated[int | None, typer.Option(help="Days of the label window.")]
+Lookback = Annotated[int | None, typer.Option(help="Days of the population window.")]
+Seed = Annotated[int | None, typer.Option(help="Every random choice derives from it.")]
+Encoder = Annotated[str | None, typer.Option(help="Encoder preset: tiny, small or base.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps at the most.")]
+
+
+def shows_mistakes(command: Callable[P, R]) -> Callable[P, R]:
+    """Show a user's mistake as a short message with exit code 2, without a traceback."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except PipelineError as mistake:
+            errors.print(f"[bold red]Error:[/] {mistake}", highlight=False, soft_wrap=True)
+            raise typer.Exit(USER_MISTAKE) from None
+        except RuntimeError as failure:
+            errors.print(f"[bold red]Failed:[/] {failure}", highlight=False, markup=False)
+            raise typer.Exit(FAILURE) from None
+
+    return wrapper
+
+
+@app.command()
+@shows_mistakes
+def run(
+    source: Source = None,
+    path: RawPath = None,
+    cutoff: Cutoff = None,
+    data_root: DataRoot = None,
+    horizon_days: Horizon = None,
+    lookback_days: Lookback = None,
+    seed: Seed = None,
+    encoder_preset: Encoder = None,
+    max_training_steps: Steps = None,
+) -> None:
+    """Do everything: load the source, pretrain, embed, publish, compare with RFM.
+
+    Without a cutoff, the latest one is taken whose label window lies inside the data.
+    """
+    overrides = _given(
+        source=source,
+        path=path,
+        data_root=data_root,
+        horizon_days=horizon_days,
+        lookback_days=lookback_days,
+        seed=seed,
+        encoder_preset=encoder_preset,
+        max_training_steps=max_training_steps,
+    )
+    _work(overrides, cutoff, "pretraining_and_nightly")
+
+
+@app.command()
+@shows_mistakes
+def nightly(
+    cutoff: Annotated[str, typer.Option(help="Midnight UTC that ends the night's day.")],
+    source: Source = None,
+    path: RawPath = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
+    from behavior_pipeline.runs import arrive
+
+    night = arrive(_given(source=source, path=path, data_root=data_root), parse_cutoff(cutoff), console)
+    _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
+
+
+@app.command()
+@shows_mistakes
+def pretrain(
+    cutoff: Cutoff = None,
+    source: Source = None,
+    path: RawPath = None,
+    data_root: DataRoot = None,
+    seed: Seed = None,
+    encoder_preset: Encoder = None,
+    max_training_steps: Steps = None,
+) -> None:
+    """Train a new checkpoint that knows nothing after the night's train cutoff."""
+    overrides = _given(
+        source=source,
+        path=path,
+        data_root=data_root,
+        seed=seed,
+        encoder_preset=encoder_preset,
+        max_training_steps=max_training_steps,
+    )
+    _work(overrides, cutoff, "pretraining")
+
+
+@app.command()
+@shows_mistakes
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder to write Parquet files to.")],
+    users: Annotated[int, typer.Option(min=1)] = 3000,
+    days: Annotated[int, typer.Option(min=1)] = 180,
+    events: Annotated[int | None, typer.Option(help="About so many events in all.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    start: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"])] = datetime(2026, 1, 1),  # noqa: DTZ001 - a day
+) -> None:
+    """Write the events of a simulated shop: no evidence about real people."""
+    from behavior_pipeline.ingest.simulator import simulate as write_simulation
+    from behavior_pipeline.progress import progress_bar
+
+    with progress_bar("simulating", console) as report:
+        summary = write_simulation(out, users, days, seed, start.date(), events, report)
+    console.print(
+        f"{summary.num_events:,} simulated events of {summary.num_users:,} users in {out}"
+    )
+
+
+@app.command()
+@shows_mistakes
+def lookup(user: str, source: Source = None, data_root: DataRoot = None) -> None:
+    """Show what services read of a user from the online store."""
+    from behavior_pipeline.feature_store.lookup import lookup as read_user
+
+    opened = _open(_given(source=source, data_root=data_root))
+    features = read_user(opened.storage, user)
+    table = Table("feature", "value", title=f"user {user}", title_justify="left")
+    for name, value in features.items():
+        table.add_row(name, _short(value))
+    console.print(table)
+
+
+@app.command()
+@shows_mistakes
+def presets() -> None:
+    """List the mapping presets that ship with the pipeline."""
+    from behavior_pipeline.ingest.presets import load_preset, preset_names
+
+    table = Table("preset", "horizon", "lookback", "what it maps")
+    for name in preset_names():
+        preset = load_preset(name)
+        tasks = preset.tasks
+        table.add_row(
+            name, f"{tasks.horizon_days} d", f"{tasks.lookback_days} d", preset.description
+        )
+    console.print(table)
+
+
+@app.command()
+@shows_mistakes
+def ui(
+    port: Annotated[int, typer.Option(help="Port of the web page.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Serve the Dagster UI with its daemon; stop it with Ctrl-C."""
+    from behavior_pipeline.runs import dagster_home
+
+    dagster_home()
+    workspace = Path(__file__).parents[1] / "workspace.yaml"
+    command = ["dagster", "dev", "-w", str(workspace), "-h", host, "-p", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command])
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(package_version("behavior-pipeline"))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Keep the options that were given, as plain values that a run's configuration can hold."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _work(overrides: dict[str, Any], cutoff: str | None, job: str) -> None:
+    """Execute a job for a cutoff and show its comparison, if it makes one."""
+    from behavior_pipeline.runs import work
+
+    settled = parse_cutoff(cutoff) if cutoff else None
+    night = work(job, overrides, settled, console)
+    if job != "pretraining":
+        _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
+
+
+def _show_comparison(folder: Path) -> None:
+    """Print the comparison of a night and where its page is."""
+    from behavior_pipeline.downstream.console import comparison_table
+    from behavior_pipeline.storage import read_json
+
+    console.print(comparison_table(read_json(folder / "comparison.json")))
+    console.print(f"The whole report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _open(overrides: dict[str, Any]) -> Any:
+    from behavior_pipeline.pipeline import open_pipeline
+
+    return open_pipeline(**overrides)
+
+
+def _short(value: Any) -> str:
+    """Write a feature's value on one line; a vector shows its beginning and its length."""
+    if isinstance(value, list | tuple):
+        start = ", ".join(f"{number:.4f}" for number in value[:4])
+        return f"[{start}, …] ({len(value)} numbers)"
+    return str(value)

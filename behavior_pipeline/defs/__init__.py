@@ -1,0 +1,1 @@
+"""What Dagster sees: thin assets over the stages' functions, in files named as the stages."""

@@ -1,0 +1,85 @@
+"""Stage 4 in Dagster: nightly embeddings, and those that the comparison needs."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import dagster as dg
+
+from behavior_pipeline.defs.metadata import row_count
+from behavior_pipeline.defs.partitions import ENCODER, nights
+from behavior_pipeline.defs.resources import Night, PipelineResource, now
+from behavior_pipeline.defs.loggers import report_to
+from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
+from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
+
+
+@dg.asset(
+    group_name="embeddings",
+    deps=["sequences", "checkpoint"],
+    partitions_def=nights,
+    kinds={"pytorch", "parquet"},
+    pool=ENCODER,
+    freshness_policy=dg.FreshnessPolicy.cron(
+        deadline_cron="0 6 * * *", lower_bound_delta=timedelta(hours=6)
+    ),
+)
+def user_embeddings(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """One embedding per user at the night's cutoff, by the live checkpoint."""
+    night = Night(context, pipeline)
+    summary = _embed(context, night, night.cutoff, LIVE)
+    return dg.MaterializeResult(
+        metadata=row_count(summary.num_users)
+        | {
+            "num_cold_start": summary.num_cold_start,
+            "num_reused_states": summary.num_reused_states,
+            "width": summary.width,
+            "checkpoint_id": summary.checkpoint_id,
+        }
+    )
+
+
+@dg.asset(
+    group_name="embeddings",
+    deps=["sequences", "checkpoint", "untrained_checkpoint", user_embeddings],
+    partitions_def=nights,
+    kinds={"pytorch", "parquet"},
+    pool=ENCODER,
+)
+def evaluation_embeddings(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """Embeddings at the train and test cutoffs, and the untrained encoder's at both."""
+    night = Night(context, pipeline)
+    windows = night.windows
+    cutoffs = (windows.train_cutoff, windows.test_cutoff)
+    for cutoff in cutoffs:
+        if cutoff != night.cutoff:
+            _embed(context, night, cutoff, LIVE)
+        summary = _embed(context, night, cutoff, UNTRAINED)
+    return dg.MaterializeResult(
+        metadata={
+            "num_users": summary.num_users,
+            "train_cutoff": f"{windows.train_cutoff:%Y-%m-%d}",
+            "test_cutoff": f"{windows.test_cutoff:%Y-%m-%d}",
+        }
+    )
+
+
+def _embed(
+    context: dg.AssetExecutionContext, night: Night, cutoff: datetime, role: str
+) -> EmbeddingsSummary:
+    """Embed everyone at a cutoff with the checkpoint of a role."""
+    storage = night.pipeline.storage
+    is_live = role == LIVE
+    return embed_sequences(
+        storage.sequences(cutoff),
+        checkpoint_folder(storage.checkpoints, role),
+        storage.states(cutoff) if is_live else storage.control_states(cutoff),
+        storage.embeddings(cutoff) if is_live else storage.control_embeddings(cutoff),
+        cutoff,
+        written_at=now(),
+        report=report_to(context, f"embedding at {cutoff:%Y-%m-%d} ({role})"),
+    )

@@ -1,0 +1,102 @@
+"""Stage 2 in Dagster: the vocabulary and the token sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+
+from behavior_pipeline.contracts import SEQUENCES
+from behavior_pipeline.defs.metadata import contract_metadata, row_count
+from behavior_pipeline.defs.partitions import nights
+from behavior_pipeline.defs.resources import Night, PipelineResource
+from behavior_pipeline.defs.loggers import report_to
+from behavior_pipeline.encoder.live import checkpoint_folder
+from behavior_pipeline.sequences.files import SequencesSummary, write_sequences
+from behavior_pipeline.sequences.vocabulary import (
+    build_vocabulary,
+    load_vocabulary,
+    save_vocabulary,
+)
+
+
+@dg.asset(group_name="sequences", deps=["marts"], kinds={"duckdb"})
+def vocabulary(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """Known values of every token field, frozen as of the train cutoff."""
+    night = Night(context, pipeline)
+    opened = night.pipeline
+    built = build_vocabulary(
+        opened.storage,
+        opened.settings,
+        opened.preset.ignored_event_types,
+        night.windows.train_cutoff,
+        report=report_to(context, "counting values"),
+    )
+    save_vocabulary(built, opened.storage.vocabulary)
+    sizes = {f"num_{field}_ids": built.size(field) for field in built.fields}
+    return dg.MaterializeResult(
+        metadata={
+            **sizes,
+            "vocabulary_id": built.vocabulary_id,
+            "trained_through": str(built.trained_through),
+        }
+    )
+
+
+@dg.asset(
+    group_name="sequences",
+    deps=[vocabulary],
+    kinds={"polars", "parquet"},
+    metadata=contract_metadata(SEQUENCES),
+)
+def training_sequences(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """Token sequences up to the train cutoff: all that pretraining ever reads."""
+    night = Night(context, pipeline)
+    opened = night.pipeline
+    summary = write_sequences(
+        opened.storage,
+        opened.settings,
+        load_vocabulary(opened.storage.vocabulary),
+        night.windows.train_cutoff,
+        opened.storage.training_sequences,
+        report=report_to(context, "tokenizing"),
+    )
+    return dg.MaterializeResult(metadata=_sequences_metadata(summary, is_partition=False))
+
+
+@dg.asset(
+    group_name="sequences",
+    deps=["marts", "checkpoint"],
+    partitions_def=nights,
+    kinds={"polars", "parquet"},
+    metadata=contract_metadata(SEQUENCES),
+)
+def sequences(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """Token sequences at the night's cutoffs, under the live checkpoint's own vocabulary."""
+    night = Night(context, pipeline)
+    opened = night.pipeline
+    frozen = load_vocabulary(checkpoint_folder(opened.storage.checkpoints))
+    for cutoff in night.windows.cutoffs:
+        summary = write_sequences(
+            opened.storage,
+            opened.settings,
+            frozen,
+            cutoff,
+            opened.storage.sequences(cutoff),
+            report=report_to(context, f"tokenizing up to {cutoff:%Y-%m-%d}"),
+        )
+    return dg.MaterializeResult(metadata=_sequences_metadata(summary, is_partition=True))
+
+
+def _sequences_metadata(summary: SequencesSummary, *, is_partition: bool) -> dict[str, Any]:
+    """Show sizes and how much of each field the vocabulary does not know."""
+    return row_count(summary.num_users, is_partition=is_partition) | {
+        "num_events": summary.num_events,
+        "unknown_shares": dg.MetadataValue.json(summary.unknown_shares),
+    }
