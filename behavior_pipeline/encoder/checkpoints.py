@@ -1,0 +1,172 @@
+"""Checkpoints: weights, configuration, vocabulary and history under a hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load, save
+
+from behavior_pipeline.contracts import TOKEN_FIELDS
+from behavior_pipeline.encoder.architecture import Encoder
+from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.storage import writing_folder
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+TRAINING: Final = "training.json"
+VOCABULARY: Final = "vocabulary.json"
+TOKENS: Final = "tokens.parquet"
+_HASHED: Final = (WEIGHTS, CONFIG, VOCABULARY, TOKENS)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as loaded.
+
+    Attributes:
+        encoder: in evaluation mode.
+        checkpoint_id: first 16 hex digits of the content hash.
+        trained_through: every event that weights or vocabulary know of is before this, in UTC.
+        vocabulary_id: content hash of the vocabulary.
+        config: shape of the encoder.
+        training: all of `training.json`; `history` holds the loss curves.
+    """
+
+    encoder: Encoder
+    checkpoint_id: str
+    trained_through: datetime
+    vocabulary_id: str
+    config: EncoderConfig
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Loss curves: one entry per validation."""
+        return list(self.training.get("history", []))
+
+
+def save_checkpoint(
+    encoder: Encoder,
+    vocabulary_folder: Path,
+    checkpoints_folder: Path,
+    trained_through: datetime,
+    training: Mapping[str, Any],
+) -> Path:
+    """Write `<checkpoints_folder>/<checkpoint id>` at once or not at all; return the folder.
+
+    Args:
+        encoder: its weights and configuration are kept.
+        vocabulary_folder: `vocabulary.json` and `tokens.parquet` are copied from it.
+        checkpoints_folder: where checkpoints live.
+        trained_through: every event that weights or vocabulary know of is before this.
+        training: JSON values that tell how it was trained; not part of the content hash.
+    """
+    files = _contents(encoder, vocabulary_folder)
+    checkpoint_id = _content_hash(files, trained_through)
+    folder = checkpoints_folder / checkpoint_id
+    if not (folder / TRAINING).exists():
+        about = {**training, "trained_through": trained_through.isoformat()}
+        with writing_folder(folder) as aside:
+            for name, content in files.items():
+                (aside / name).write_bytes(content)
+            (aside / TRAINING).write_bytes(_json_bytes(about))
+    return folder
+
+
+def write_untrained(
+    vocabulary_folder: Path, checkpoints_folder: Path, config: EncoderConfig | str, seed: int
+) -> Path:
+    """Write a checkpoint of random weights, the control of every comparison; return its folder.
+
+    Args:
+        vocabulary_folder: as in `save_checkpoint`.
+        checkpoints_folder: as in `save_checkpoint`.
+        config: shape of the encoder, or the name of a preset.
+        seed: decides the weights.
+    """
+    if isinstance(config, str):
+        config = EncoderConfig.named(config, read_field_sizes(vocabulary_folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Encoder(config)
+    content = json.loads((vocabulary_folder / VOCABULARY).read_text())
+    trained_through = datetime.fromisoformat(content["trained_through"])
+    about = {"seed": seed, "is_untrained": True, "history": []}
+    return save_checkpoint(encoder, vocabulary_folder, checkpoints_folder, trained_through, about)
+
+
+def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
+    """Load a checkpoint and verify that its content is what its name says.
+
+    Raises:
+        ValueError: if a file is missing, or the content does not match the folder's name.
+    """
+    missing = [
+        name for name in (WEIGHTS, CONFIG, VOCABULARY, TRAINING) if not (folder / name).is_file()
+    ]
+    if missing:
+        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}")
+    training = json.loads((folder / TRAINING).read_text())
+    trained_through = datetime.fromisoformat(training["trained_through"])
+    files = {name: (folder / name).read_bytes() for name in _HASHED if (folder / name).is_file()}
+    if (found := _content_hash(files, trained_through)) != folder.name:
+        raise ValueError(f"the checkpoint in {folder} was changed: its content has the id {found}")
+    config = EncoderConfig.from_json(json.loads(files[CONFIG]))
+    encoder = Encoder(config)
+    encoder.load_state_dict(load(files[WEIGHTS]))
+    return Checkpoint(
+        encoder=encoder.eval().to(device),
+        checkpoint_id=folder.name,
+        trained_through=trained_through,
+        vocabulary_id=json.loads(files[VOCABULARY])["vocabulary_id"],
+        config=config,
+        training=training,
+    )
+
+
+def read_field_sizes(vocabulary_folder: Path) -> dict[str, int]:
+    """Return the number of ids per token field, the special ids included.
+
+    Raises:
+        ValueError: if the folder holds no vocabulary, or a field is missing from it.
+    """
+    path = vocabulary_folder / VOCABULARY
+    if not path.is_file():
+        raise ValueError(f"there is no {VOCABULARY} in {vocabulary_folder}")
+    fields = json.loads(path.read_text())["fields"]
+    if missing := [name for name in TOKEN_FIELDS if name not in fields]:
+        raise ValueError(f"{path} lacks the fields {', '.join(missing)}")
+    return {name: int(fields[name]["size"]) for name in TOKEN_FIELDS}
+
+
+def _contents(encoder: Encoder, vocabulary_folder: Path) -> dict[str, bytes]:
+    """Return the hashed files of a checkpoint by name."""
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
+    }
+    files = {WEIGHTS: save(weights), CONFIG: _json_bytes(encoder.config.to_json())}
+    for name in (VOCABULARY, TOKENS):
+        if (vocabulary_folder / name).is_file():
+            files[name] = (vocabulary_folder / name).read_bytes()
+    return files
+
+
+def _content_hash(files: Mapping[str, bytes], trained_through: datetime) -> str:
+    """Return the first 16 hex digits of a hash over the files and the training cutoff."""
+    digest = hashlib.sha256(trained_through.astimezone(UTC).isoformat().encode())
+    for name in sorted(files):
+        digest.update(f"\n{name} {len(files[name])}\n".encode())
+        digest.update(files[name])
+    return digest.hexdigest()[:16]
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Return JSON with sorted keys."""
+    return (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode()

@@ -1,0 +1,232 @@
+"""Sequence Parquet files as flat numpy arrays, straight from Arrow's buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from behavior_pipeline.contracts import SEQUENCES, TOKEN_FIELDS
+from behavior_pipeline.encoder.history import VISIT_GAP_DAYS
+
+MICROSECONDS_A_DAY: Final = 86_400_000_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LIST_COLUMNS: Final = (*(f"{field}_ids" for field in TOKEN_FIELDS), "gap_seconds", "occurred_at")
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SequenceTable:
+    """Some users' sequences; user i's events are `[offsets[i], offsets[i + 1])` of the flat arrays.
+
+    Attributes:
+        user_ids: Arrow strings, N.
+        offsets: N + 1.
+        ids: token ids per field, flat int32.
+        gap_days: days since the event before, flat float32.
+        times: microseconds since 1970 in UTC, flat int64.
+        num_events: length of the whole history, also where the list is cut, N.
+        first_times: microseconds of the very first event, N; 0 for an empty history.
+        cutoffs: microseconds of the observation cutoff, N.
+        visits: visits begun before each flat place and since the start of its list, flat int64.
+    """
+
+    user_ids: pa.Array
+    offsets: Ints
+    ids: dict[str, NDArray[np.int32]]
+    gap_days: NDArray[np.float32]
+    times: Ints
+    num_events: Ints
+    first_times: Ints
+    cutoffs: Ints
+    visits: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """Events in each list, N."""
+        return np.diff(self.offsets)
+
+    def before(self, users: Ints, starts: Ints) -> NDArray[np.float32]:
+        """Return what came before the flat places `starts` of `users`: (n, 3) events, days, visits.
+
+        A list that was cut says nothing of the visits before it; they count as one.
+        """
+        first, end = self.offsets[users], self.offsets[users + 1]
+        safe = np.minimum(starts, max(len(self.times) - 1, 0))
+        has_event = starts < end
+        num_events = self.num_events[users] - (end - starts)
+        is_cut = self.num_events[users] > end - first
+        if not len(self.times):
+            return np.zeros((len(users), 3), np.float32)
+        days = (self.times[safe] - self.first_times[users]) / MICROSECONDS_A_DAY
+        columns = (num_events, days, self.visits[safe] + is_cut)
+        return np.where(has_event[:, None], np.stack(columns, 1), 0).astype(np.float32)
+
+
+def read_table(table: pa.Table, origin: str) -> SequenceTable:
+    """Read an Arrow table of the SEQUENCES contract; `origin` names it in messages.
+
+    Raises:
+        ValueError: if a column is missing, or the lists of a row differ in length.
+    """
+    missing = [name for name in SEQUENCES.schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{origin} is no sequence file: it lacks {', '.join(missing)}")
+    lists = {name: _flat_list(table, name) for name in _LIST_COLUMNS}
+    lengths = lists["action_ids"][0]
+    for name, (other, _) in lists.items():
+        if not np.array_equal(other, lengths):
+            raise ValueError(f"{origin}: the lists of {name} and action_ids differ in length")
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    gap_days = (lists["gap_seconds"][1] / 86_400).astype(np.float32)
+    num_events = _integers(table, "num_events")
+    return SequenceTable(
+        user_ids=table["user_id"].combine_chunks(),
+        offsets=offsets,
+        ids={field: lists[f"{field}_ids"][1] for field in TOKEN_FIELDS},
+        gap_days=gap_days,
+        times=lists["occurred_at"][1],
+        num_events=num_events,
+        first_times=_integers(table, "first_event_at"),
+        cutoffs=_integers(table, "observation_cutoff"),
+        visits=_visits_before(gap_days, offsets, num_events),
+    )
+
+
+def _flat_list(table: pa.Table, name: str) -> tuple[Ints, NDArray[Any]]:
+    """Return a list column's lengths and flat values; null lists are empty."""
+    column = table[name].combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    values = column.flatten()
+    if pa.types.is_timestamp(values.type):
+        values = values.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+    return lengths.astype(np.int64), values.to_numpy(zero_copy_only=False)
+
+
+def _integers(table: pa.Table, name: str) -> Ints:
+    """Return a numeric or timestamp column as int64 (microseconds for a time), nulls as 0."""
+    column = table[name].combine_chunks()
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us", tz="UTC"))
+    values: Ints = pc.fill_null(column.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
+    return values
+
+
+def _visits_before(gap_days: NDArray[np.float32], offsets: Ints, num_events: Ints) -> Ints:
+    """Count, for each flat place, the visits begun in its list before it."""
+    begins = gap_days >= VISIT_GAP_DAYS
+    lengths = np.diff(offsets)
+    is_whole = (lengths > 0) & (lengths == num_events)
+    begins[offsets[:-1][is_whole]] = True
+    running = np.concatenate(([0], np.cumsum(begins)))
+    visits: Ints = running[:-1] - np.repeat(running[offsets[:-1]], lengths)
+    return visits
+
+
+def sequence_files(folder: Path) -> list[Path]:
+    """Return the Parquet files of a folder in order of name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    if not files:
+        raise ValueError(f"there is no sequence file (*.parquet) in {folder}")
+    return files
+
+
+def read_in_order(files: Sequence[Path], chunk_users: int) -> Iterator[SequenceTable]:
+    """Yield the users of files in order, at most `chunk_users` at a time."""
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=chunk_users):
+                yield read_table(pa.Table.from_batches([batch]), str(path))
+
+
+def read_shuffled(
+    files: Sequence[Path], chunk_users: int, random: np.random.Generator
+) -> Iterator[SequenceTable]:
+    """Yield all users once, row groups in random order, about `chunk_users` or more at a time.
+
+    Users inside a chunk keep the order of the files; whoever makes batches shuffles them.
+    """
+    groups = [(path, group) for path in files for group in range(_num_row_groups(path))]
+    waiting: list[pa.Table] = []
+    for index in random.permutation(len(groups)):
+        path, group = groups[index]
+        with pq.ParquetFile(path) as file:
+            waiting.append(file.read_row_group(group))
+        if sum(map(len, waiting)) >= chunk_users:
+            yield read_table(pa.concat_tables(waiting), str(path.parent))
+            waiting = []
+    if waiting:
+        yield read_table(pa.concat_tables(waiting), str(files[0].parent))
+
+
+def _num_row_groups(path: Path) -> int:
+    """Return the number of row groups of a Parquet file."""
+    return int(pq.read_metadata(path).num_row_groups)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a folder of training sequences holds.
+
+    Attributes:
+        num_users: users with at least one event.
+        num_events: events in their lists.
+        started_at: time of the first event.
+        trained_through: the cutoff of all sequences: every event is before it.
+        vocabulary_id: the vocabulary of all sequences.
+    """
+
+    num_users: int
+    num_events: int
+    started_at: datetime
+    trained_through: datetime
+    vocabulary_id: str
+
+
+def survey(files: Sequence[Path]) -> Survey:
+    """Look at the scalar columns of sequence files without reading a list.
+
+    Raises:
+        ValueError: if no user has an event, or the files mix cutoffs or vocabularies.
+    """
+    columns = ["num_events", "first_event_at", "observation_cutoff", "vocabulary_id"]
+    table = pa.concat_tables(pq.read_table(path, columns=columns) for path in files)
+    table = table.filter(pc.greater(table["num_events"], 0))
+    if not len(table):
+        raise ValueError(f"no user in {files[0].parent} has an event")
+    for name in ("observation_cutoff", "vocabulary_id"):
+        if (found := pc.count_distinct(table[name]).as_py()) != 1:
+            raise ValueError(f"the sequences in {files[0].parent} have {found} values of {name}")
+    return Survey(
+        num_users=len(table),
+        num_events=pc.sum(table["num_events"]).as_py(),
+        started_at=to_datetime(pc.min(table["first_event_at"]).cast(pa.int64()).as_py()),
+        trained_through=to_datetime(table["observation_cutoff"][0].cast(pa.int64()).as_py()),
+        vocabulary_id=table["vocabulary_id"][0].as_py(),
+    )
+
+
+def to_datetime(microseconds: int) -> datetime:
+    """Return microseconds since 1970 as a time in UTC, exactly."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Return a time as microseconds since 1970, exactly."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)

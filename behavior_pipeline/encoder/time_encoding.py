@@ -1,0 +1,108 @@
+"""Time as numbers a network can use: log-spaced buckets, sinusoids, and rotations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SHORTEST_DAYS = 1.0 / 1440.0  # one minute: shorter times share a bucket
+
+
+def log_bucket_edges(num_buckets: int, longest_days: float) -> Tensor:
+    """Return the `num_buckets - 1` inner edges of log-spaced buckets over (1 minute, longest).
+
+    Bucket 0 holds times up to a minute (a basket's lines share one second), the last bucket
+    everything beyond `longest_days`.
+    """
+    if num_buckets == 1:
+        return torch.empty(0)
+    ends = math.log(SHORTEST_DAYS), math.log(longest_days)
+    return torch.exp(torch.linspace(ends[0], ends[1], num_buckets - 1, dtype=torch.float64)).float()
+
+
+class TimeEncoding(nn.Module):
+    """A time in days as a vector: learned log-spaced buckets plus projected sinusoids.
+
+    The sinusoids' periods run geometrically from 1/24 day to the window (90 days), as in Vaswani
+    et al. 2017, section 3.5, with real time in the place of the position; beyond the window the
+    buckets, which reach to four windows, still tell times apart.
+
+    Args:
+        width: D, width of the vector.
+        num_buckets: number of learned buckets.
+        num_sinusoids: number of sine and cosine pairs.
+        window_days: longest period.
+    """
+
+    edges: Tensor
+    frequencies: Tensor
+
+    def __init__(
+        self, width: int, num_buckets: int, num_sinusoids: int, window_days: float
+    ) -> None:
+        super().__init__()
+        self.buckets = nn.Embedding(num_buckets, width)
+        self.sinusoids = nn.Linear(2 * num_sinusoids, width, bias=False)
+        periods = torch.exp(
+            torch.linspace(
+                math.log(1 / 24), math.log(window_days), num_sinusoids, dtype=torch.float64
+            )
+        )
+        edges = log_bucket_edges(num_buckets, 4 * window_days)
+        self.register_buffer("edges", edges, persistent=False)
+        self.register_buffer("frequencies", (2 * math.pi / periods).float(), persistent=False)
+
+    def bucket_of(self, days: Tensor) -> Tensor:
+        """Return the bucket (same shape, int64) of each time in days."""
+        return torch.bucketize(days, self.edges)
+
+    def forward(self, days: Tensor) -> Tensor:
+        """Encode times (...) in days as (..., D)."""
+        angles = days.unsqueeze(-1) * self.frequencies
+        waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        vector: Tensor = self.buckets(self.bucket_of(days)) + self.sinusoids(waves)
+        return vector
+
+
+class RotaryClock(nn.Module):
+    """Angles for rotary attention (Su et al. 2021) over place and over time.
+
+    The first half of a head's pairs turns with the place in the sequence, the second half with the
+    days since the first event that is read, so that attention knows both how many events and how
+    many days lie between two events.
+
+    Args:
+        head_width: width of one attention head, a multiple of 4.
+    """
+
+    place_frequencies: Tensor
+    day_frequencies: Tensor
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        pairs = head_width // 4
+        steps = torch.arange(pairs, dtype=torch.float64) / pairs
+        self.register_buffer("place_frequencies", (10_000.0**-steps).float(), persistent=False)
+        # Periods from half a day to some four years.
+        day_periods = 0.5 * 3000.0**steps
+        self.register_buffer(
+            "day_frequencies", (2 * math.pi / day_periods).float(), persistent=False
+        )
+
+    def forward(self, elapsed_days: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, 1, T, head_width / 2) of events at `elapsed_days` (B, T)."""
+        places = torch.arange(
+            elapsed_days.shape[1], device=elapsed_days.device, dtype=torch.float32
+        )
+        by_place = (places[:, None] * self.place_frequencies).expand(len(elapsed_days), -1, -1)
+        by_day = elapsed_days.float().unsqueeze(-1) * self.day_frequencies
+        angles = torch.cat((by_place, by_day), dim=-1).unsqueeze(1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of vectors (B, H, T, W) by the angles."""
+    first, second = vectors.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
