@@ -39,8 +39,8 @@ SECOND_TARGET: Final = np.array([PAUSED, ENGAGED, PAUSED, GONE], np.int8)
 SATISFACTION_KEPT: Final = 0.988  # a day: half is forgotten in eight weeks
 FADING_SENSITIVITY: Final = 1.5  # log hazard of fading per unit of dissatisfaction
 SATISFIED_BY_DELIVERY: Final = 0.06
-SATISFIED_BY_SOLUTION: Final = 0.8
-DISSATISFIED_BY_TROUBLE: Final = 2.2
+SATISFIED_BY_SOLUTION: Final = 1.0
+DISSATISFIED_BY_TROUBLE: Final = 2.6
 SOLUTION_PROBABILITY: Final = 0.5
 RECOVERY_BY_PURCHASE: Final = 0.2
 
