@@ -1,0 +1,74 @@
+"""Everything that the online store knows of one user."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from behavior_pipeline.contracts import COLD_START_USER
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.published import newest_cutoff
+from behavior_pipeline.feature_store.repository import full_name, open_store
+from behavior_pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+PROFILE_SERVICE: Final = "user_profile"
+EMBEDDING_VIEW: Final = "user_embedding"
+
+
+def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
+    """Return all online features of a user under Feast's full names, `user_rfm__frequency`.
+
+    Beside them stand `user_id` as asked, `is_cold_start`, and for each view `<view>__is_stale`:
+    its value lies more days behind the newest published cutoff than the view's tag allows. A view
+    that has no row of the user is None throughout. A user without a published embedding gets the
+    embedding of the reserved cold-start user and `is_cold_start` True.
+
+    Raises:
+        PipelineError: if nothing was ever published.
+    """
+    newest = newest_cutoff(storage)
+    if newest is None:
+        raise PipelineError(
+            f"Nothing was published yet in {storage.feature_store}.",
+            "Run the pipeline for this source first: behavior-pipeline run.",
+        )
+    store = open_store(storage)
+    user, prior = _read(store, [user_id, COLD_START_USER])
+    if user[full_name(EMBEDDING_VIEW, "cutoff_at")] is None:
+        user |= _of_view(prior, EMBEDDING_VIEW)
+    flags = {
+        full_name(view.name, "is_stale"): _is_stale(view, user, newest)
+        for view in store.list_feature_views()
+    }
+    is_cold_start = user[full_name(EMBEDDING_VIEW, "is_cold_start")] is not False
+    return {"user_id": user_id, "is_cold_start": is_cold_start} | dict(
+        sorted((user | flags).items())
+    )
+
+
+def _read(store: FeatureStore, user_ids: list[str]) -> list[dict[str, Any]]:
+    """Return the online features of users, one dictionary each."""
+    response = store.get_online_features(
+        features=store.get_feature_service(PROFILE_SERVICE),
+        entity_rows=[{"user_id": user_id} for user_id in user_ids],
+        full_feature_names=True,
+    ).to_dict()
+    names = [name for name in response if name != "user_id"]
+    return [{name: response[name][row] for name in names} for row in range(len(user_ids))]
+
+
+def _of_view(features: dict[str, Any], view: str) -> dict[str, Any]:
+    """Return the features of one view."""
+    prefix = full_name(view, "")
+    return {name: value for name, value in features.items() if name.startswith(prefix)}
+
+
+def _is_stale(view: FeatureView, user: dict[str, Any], newest: datetime) -> bool | None:
+    """Say whether a view's values lie too far behind; None where there are none."""
+    cutoff_at: datetime | None = user[full_name(view.name, "cutoff_at")]
+    if cutoff_at is None:
+        return None
+    return newest - cutoff_at > timedelta(days=int(view.tags["stale_after_days"]))

@@ -1,0 +1,112 @@
+"""Publishing a cutoff of a view: first the history (offline), then what is served (online).
+
+Publishing again changes nothing that can be observed, and a kill at any moment is mended by
+publishing again. A cutoff older than what is served joins the history and goes no further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+import pyarrow.parquet as pq
+
+from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
+from behavior_pipeline.feature_store.published import (
+    PublishedCutoff,
+    PublishedView,
+    read_published,
+    write_published,
+)
+from behavior_pipeline.feature_store.repository import open_store
+from behavior_pipeline.progress import Report, report_nothing
+from behavior_pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+ONLINE_BATCH_ROWS: Final = 1_000  # users in memory as Feast's objects, and in one transaction
+
+
+@dataclass(frozen=True)
+class PublishSummary:
+    """What a publication did.
+
+    Attributes:
+        view: name of the feature view.
+        num_rows: users in the partition.
+        seconds: how long it took.
+        cutoff: the observation cutoff published.
+        is_served: the online store holds these values; False for a cutoff older than the served.
+    """
+
+    view: str
+    num_rows: int
+    seconds: float
+    cutoff: datetime
+    is_served: bool
+
+
+def publish_view(
+    storage: Storage, view: str, cutoff: datetime, report: Report = report_nothing
+) -> PublishSummary:
+    """Publish the rows of a view at a cutoff to the offline and the online store.
+
+    Args:
+        storage: the home.
+        view: one of `partition.VIEWS`.
+        cutoff: observation cutoff; its rows must have been made by the stages before.
+        report: called with the users written online so far.
+
+    Raises:
+        PipelineError: if there are no rows, or they may not be published together (see
+            `partition.check_rows`).
+    """
+    started = perf_counter()
+    files = source_files(storage, view, cutoff)
+    facts = check_rows(storage, view, cutoff, files)
+    store = open_store(storage)
+    with exclusive(storage):
+        path = write_partition(storage, store.get_feature_view(view), cutoff, files)
+        state = _record_history(storage, view, cutoff, facts)
+        is_served = state.online_cutoff == f"{cutoff:%Y-%m-%d}"
+        if is_served:
+            _serve(store, view, path, report)
+            write_published(storage, view, replace(state, is_online_complete=True))
+    return PublishSummary(view, facts.num_rows, perf_counter() - started, cutoff, is_served)
+
+
+def _record_history(
+    storage: Storage, view: str, cutoff: datetime, facts: PublishedCutoff
+) -> PublishedView:
+    """Record the new partition, and the online cutoff before the first value is sent.
+
+    Recording the intent first keeps an older cutoff out even if this run is killed half-way.
+    """
+    date = f"{cutoff:%Y-%m-%d}"
+    before = read_published(storage).get(view, PublishedView())
+    is_newest = before.online_cutoff is None or before.online_cutoff <= date
+    state = PublishedView(
+        cutoffs=before.cutoffs | {date: facts},
+        online_cutoff=date if is_newest else before.online_cutoff,
+        is_online_complete=before.is_online_complete and not is_newest,
+    )
+    write_published(storage, view, state)
+    return state
+
+
+def _serve(store: FeatureStore, view: str, path: Path, report: Report) -> None:
+    """Write a partition to the online store, some users at a time, each batch in one transaction.
+
+    Feast overwrites a user's values whatever their age: the caller makes sure that none is newer.
+    """
+    with pq.ParquetFile(path) as partition:
+        done, total = 0, partition.metadata.num_rows
+        for batch in partition.iter_batches(ONLINE_BATCH_ROWS):
+            store.write_to_online_store(view, df=batch.to_pandas())
+            done += batch.num_rows
+            report(done, total, view)

@@ -1,0 +1,73 @@
+"""What has been published so far: `feature_store/published.json`.
+
+It holds no clock times, so publishing the same cutoff twice leaves the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from behavior_pipeline.storage import Storage, read_json, write_json
+from behavior_pipeline.windows import parse_cutoff
+
+
+@dataclass(frozen=True)
+class PublishedCutoff:
+    """One cutoff of a view in the offline store.
+
+    Attributes:
+        num_rows: users in the partition.
+        checkpoint_id: the one checkpoint behind its rows, null for views without an encoder.
+    """
+
+    num_rows: int
+    checkpoint_id: str | None
+
+
+@dataclass(frozen=True)
+class PublishedView:
+    """What both stores hold of one view.
+
+    Attributes:
+        cutoffs: the offline partitions by date, `YYYY-MM-DD`.
+        online_cutoff: the newest cutoff whose rows were ever sent to the online store.
+        is_online_complete: all of them arrived; False while a publication runs, or was killed.
+    """
+
+    cutoffs: dict[str, PublishedCutoff] = field(default_factory=dict)
+    online_cutoff: str | None = None
+    is_online_complete: bool = False
+
+
+def _file(storage: Storage) -> Path:
+    return storage.feature_store / "published.json"
+
+
+def read_published(storage: Storage) -> dict[str, PublishedView]:
+    """Return what is published, by view; empty where nothing ever was."""
+    path = _file(storage)
+    if not path.exists():
+        return {}
+    return {
+        view: PublishedView(
+            {date: PublishedCutoff(**cutoff) for date, cutoff in content["cutoffs"].items()},
+            content["online_cutoff"],
+            content["is_online_complete"],
+        )
+        for view, content in read_json(path).items()
+    }
+
+
+def write_published(storage: Storage, view: str, state: PublishedView) -> None:
+    """Record a view's state, atomically; the caller holds `exclusive(storage)`."""
+    states = read_published(storage) | {view: state}
+    write_json(_file(storage), {name: asdict(state) for name, state in states.items()})
+
+
+def newest_cutoff(storage: Storage) -> datetime | None:
+    """Return the newest cutoff that any view shows online; None if nothing was published."""
+    dates = [state.online_cutoff for state in read_published(storage).values()]
+    known = [date for date in dates if date is not None]
+    return parse_cutoff(max(known)) if known else None

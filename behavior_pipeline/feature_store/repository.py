@@ -1,0 +1,185 @@
+"""Opening Feast on a home: definitions from `feature_repo/`, applied when they have changed.
+
+Feast takes seconds to import, and most commands of the pipeline never need it: it is imported
+inside the functions that do. Feast 0.67 sends no usage statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.storage import PRIVATE_FILE, Storage, read_json, write_json, writing_file
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+    from feast.repo_config import RepoConfig
+
+LOCATION = "BEHAVIOR_FEATURE_STORE"
+"""Environment variable that `feature_repo/` reads: absolute path of a home's feature store."""
+
+_importing = Lock()
+
+
+def open_store(storage: Storage) -> FeatureStore:
+    """Return Feast's store of a home, with the definitions of `feature_repo/` applied.
+
+    Applying happens only if the definitions, Feast's release or the home's place have changed, or
+    if a file is missing. Values that were published before stay where they are.
+
+    Raises:
+        PipelineError: if `feature_repo/` is not beside the package.
+    """
+    if not _is_applied(storage):
+        with exclusive(storage):
+            if not _is_applied(storage):
+                _apply(storage)
+    return _connect(_configuration(storage, _registry(storage)))
+
+
+def offline_folder(storage: Storage, view: str) -> Path:
+    """Return where a view's history lies: `offline/<view>/cutoff=YYYY-MM-DD/features.parquet`."""
+    return storage.feature_store / "offline" / view
+
+
+def full_name(view: str, feature: str) -> str:
+    """Return Feast's full name of a feature, `user_rfm__frequency`."""
+    return f"{view}__{feature}"
+
+
+def definitions_folder() -> Path:
+    """Return the folder `feature_repo/` of this checkout.
+
+    Raises:
+        PipelineError: if it is missing.
+    """
+    folder = Path(__file__).parents[2] / "feature_repo"
+    if not (folder / "feature_store.yaml").is_file():
+        raise PipelineError(
+            f"The feature definitions are missing: there is no {folder / 'feature_store.yaml'}.",
+            "Install the pipeline from its checkout with `make`, or `pip install -e .`.",
+        )
+    return folder
+
+
+def _location(storage: Storage) -> Path:
+    return storage.feature_store.resolve()
+
+
+def _registry(storage: Storage) -> Path:
+    return _location(storage) / "registry.db"
+
+
+def _online_file(storage: Storage) -> Path:
+    return _location(storage) / "online.db"
+
+
+def _applied_file(storage: Storage) -> Path:
+    return _location(storage) / "applied.json"
+
+
+def _fingerprint(storage: Storage) -> str:
+    """Return a hash of all that the registry is made from; it holds absolute paths."""
+    digest = hashlib.sha256(f"{version('feast')}\n{_location(storage)}\n".encode())
+    folder = definitions_folder()
+    for path in [folder / "feature_store.yaml", *sorted(folder.glob("*.py"))]:
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_applied(storage: Storage) -> bool:
+    """Say whether the registry on disk is the one that the definitions would make."""
+    needed = (_registry(storage), _online_file(storage), _applied_file(storage))
+    if not all(path.exists() for path in needed):
+        return False
+    return bool(read_json(_applied_file(storage))["fingerprint"] == _fingerprint(storage))
+
+
+def _apply(storage: Storage) -> None:
+    """Build the registry anew beside the old one, make the online tables, swap it in.
+
+    Feast writes a registry in place: a kill would leave half of one under the final name.
+    """
+    with writing_file(_registry(storage)) as aside:
+        store = _connect(_configuration(storage, aside))
+        store.apply(_load_definitions(storage))
+    _online_file(storage).chmod(PRIVATE_FILE)
+    write_json(_applied_file(storage), {"fingerprint": _fingerprint(storage)})
+
+
+def _connect(configuration: RepoConfig) -> FeatureStore:
+    from feast import FeatureStore  # noqa: PLC0415 - see the module's docstring
+
+    return FeatureStore(config=configuration)
+
+
+def _configuration(storage: Storage, registry: Path) -> RepoConfig:
+    """Read `feature_store.yaml` for a home, as Feast does, without changing the environment."""
+    from feast.repo_config import RepoConfig  # noqa: PLC0415 - see the module's docstring
+
+    folder = definitions_folder()
+    template = Template((folder / "feature_store.yaml").read_text())
+    variables = os.environ | {LOCATION: str(_location(storage))}
+    content = yaml.safe_load(template.safe_substitute(variables))
+    content["registry"]["path"] = str(registry)
+    configuration = RepoConfig(**content)
+    configuration.repo_path = folder
+    return configuration
+
+
+def _load_definitions(storage: Storage) -> list[Any]:
+    """Import the modules of `feature_repo/` for a home and return Feast's objects in them."""
+    from feast import Entity, FeatureService, FeatureView, FileSource  # noqa: PLC0415 - as above
+
+    folder = definitions_folder()
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    with _importing, _variable(LOCATION, str(_location(storage))), _own_modules(folder, names):
+        modules = [importlib.import_module(name) for name in names]
+    kinds = (Entity, FeatureService, FeatureView, FileSource)
+    found = [thing for module in modules for thing in vars(module).values()]
+    return list({id(thing): thing for thing in found if isinstance(thing, kinds)}.values())
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a moment."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def _own_modules(folder: Path, names: list[str]) -> Iterator[None]:
+    """Import from a folder first, and forget its modules afterwards.
+
+    The definitions read their home's place when they are imported, and their names are plain:
+    neither may stay behind for another home or another package.
+    """
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
