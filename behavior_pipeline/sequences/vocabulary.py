@@ -81,6 +81,11 @@ class Vocabulary:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All token fields, also those without values of their own, in order."""
+        return TOKEN_FIELDS
+
     def size(self, field: str) -> int:
         """Return the number of ids of a token field, special ids included."""
         if field == "hour":
@@ -214,7 +219,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
     `tokens.parquet` holds the fields of VALUE_COLUMNS; amount and hour need no table.
     """
-    fields = {field: {"size": vocabulary.size(field)} for field in TOKEN_FIELDS}
+    fields = {field: {"size": vocabulary.size(field)} for field in vocabulary.fields}
     with writing_folder(folder) as aside:
         with writing_file(aside / TOKENS_FILE) as target:
             pq.write_table(_tokens_table(vocabulary), target)

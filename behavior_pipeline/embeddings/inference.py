@@ -1,0 +1,320 @@
+"""Batch inference: sequences to states to embeddings, streamed by bucket of users.
+
+An embedding is read out for everyone every night, because silence grows for everyone; a state is
+computed by the transformer only for users whose sequence is not the one it was computed from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from behavior_pipeline.contracts import COLD_START_USER, SEQUENCES, embedding_schema
+from behavior_pipeline.embeddings.states import (
+    KnownStates,
+    Vectors,
+    fingerprints,
+    from_vectors,
+    silence_days,
+    state_schema,
+    states_table,
+)
+from behavior_pipeline.encoder.checkpoints import Checkpoint, load_checkpoint
+from behavior_pipeline.encoder.inference import encode_table, read_out
+from behavior_pipeline.encoder.sequence_files import read_table
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.progress import Report, report_nothing
+from behavior_pipeline.sequences.files import sequence_files
+from behavior_pipeline.storage import writing_file, writing_folder
+
+BATCH_TOKENS: Final = 2048
+"""Padded tokens of a batch. Small batches waste little on users that fill no whole batch, and are
+as fast on a CPU; on a GPU give more."""
+
+CHUNK_USERS: Final = 16_384
+"""Users in memory at once."""
+
+PRIOR_FILE: Final = "bucket=prior.parquet"
+"""Holds the one row of COLD_START_USER beside the files of the buckets."""
+
+
+@dataclass(frozen=True)
+class EmbeddingsSummary:
+    """What a folder of embeddings holds.
+
+    Attributes:
+        num_users: users embedded; COLD_START_USER is not counted.
+        num_cold_start: those of them without a usable event, who got the prior.
+        num_reused_states: those of them whose state was taken from the previous states.
+        checkpoint_id: encoder behind all of them.
+        width: D, numbers in an embedding.
+        events_per_second: events in the lists of all users, over the time that it all took.
+    """
+
+    num_users: int
+    num_cold_start: int
+    num_reused_states: int
+    checkpoint_id: str
+    width: int
+    events_per_second: float
+
+
+@dataclass(frozen=True)
+class _Night:
+    """What is the same for all users of a run."""
+
+    checkpoint: Checkpoint
+    cutoff: datetime
+    written_at: datetime
+    batch_tokens: int
+
+    @property
+    def width(self) -> int:
+        """D, numbers in an embedding."""
+        return self.checkpoint.encoder.embedding_width
+
+    @property
+    def state_width(self) -> int:
+        """S, numbers in a state."""
+        return self.checkpoint.encoder.state_width
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """States and embeddings of some users."""
+
+    states: pa.Table
+    embeddings: pa.Table
+    num_reused_states: int
+    num_events: int
+
+
+def embed_sequences(
+    sequences_folder: Path,
+    checkpoint_folder: Path,
+    states_folder: Path,
+    embeddings_folder: Path,
+    cutoff: datetime,
+    *,
+    written_at: datetime,
+    previous_states_folder: Path | None = None,
+    device: str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    report: Report = report_nothing,
+) -> EmbeddingsSummary:
+    """Embed every user of a folder of sequences as of its cutoff.
+
+    Each `bucket=<kkk>.parquet` of sequences becomes a file of that name in both folders, sorted by
+    user: states by `state_schema`, embeddings by `contracts.embedding_schema`. A user without a
+    usable event gets the prior and `is_cold_start`; so does the row of COLD_START_USER in
+    PRIOR_FILE. Both folders are replaced as a whole. Embeddings come first: states that are older
+    than their embeddings do no harm, since each says what it was computed from.
+
+    Args:
+        sequences_folder: written by `write_sequences` for this cutoff.
+        checkpoint_folder: the encoder; its vocabulary is that of the sequences.
+        states_folder: where states go.
+        embeddings_folder: where embeddings go.
+        cutoff: observation cutoff; silence is counted up to it.
+        written_at: recorded in every row.
+        previous_states_folder: states of an earlier run, with the same buckets; a user whose
+            sequence and checkpoint are unchanged keeps the state, byte for byte what a new pass
+            would give on the same machine and number of threads. May be `states_folder`.
+        device: where the encoder runs, as torch names it.
+        batch_tokens: padded tokens of a batch.
+        report: progress over users.
+
+    Raises:
+        PipelineError: if the checkpoint knows of events at or after the cutoff, or the sequences
+            have another vocabulary or cutoff, or there are none.
+        AssertionError: if an embedding is not finite; names the bucket.
+    """
+    files = sequence_files(sequences_folder)
+    night = _Night(load_checkpoint(checkpoint_folder, device), cutoff, written_at, batch_tokens)
+    _check_checkpoint(night)
+    total = sum(pq.read_metadata(path).num_rows for path in files)
+    tally = _Tally(time.perf_counter())
+    with writing_folder(states_folder) as states, writing_folder(embeddings_folder) as embeddings:
+        for path in files:
+            known = _known_states(previous_states_folder, path.name, night)
+            for chunk in _write_bucket(path, known, states, embeddings, night):
+                tally.add(chunk)
+                report(tally.num_users, total, path.stem)
+        with writing_file(embeddings / PRIOR_FILE) as target:
+            pq.write_table(_prior_table(night), target)
+    return tally.summary(night)
+
+
+@dataclass
+class _Tally:
+    """What has been embedded since the clock was started."""
+
+    started: float
+    num_users: int = 0
+    num_cold_start: int = 0
+    num_reused_states: int = 0
+    num_events: int = 0
+
+    def add(self, chunk: _Chunk) -> None:
+        """Count a chunk."""
+        self.num_users += len(chunk.embeddings)
+        self.num_cold_start += pc.sum(chunk.embeddings["is_cold_start"]).as_py() or 0
+        self.num_reused_states += chunk.num_reused_states
+        self.num_events += chunk.num_events
+
+    def summary(self, night: _Night) -> EmbeddingsSummary:
+        """Stop the clock."""
+        return EmbeddingsSummary(
+            num_users=self.num_users,
+            num_cold_start=self.num_cold_start,
+            num_reused_states=self.num_reused_states,
+            checkpoint_id=night.checkpoint.checkpoint_id,
+            width=night.width,
+            events_per_second=self.num_events / (time.perf_counter() - self.started),
+        )
+
+
+def _check_checkpoint(night: _Night) -> None:
+    """Refuse an encoder that has seen what users do after the cutoff."""
+    known_until = night.checkpoint.trained_through
+    if known_until > night.cutoff:
+        raise PipelineError(
+            f"The checkpoint {night.checkpoint.checkpoint_id} knows of events before "
+            f"{known_until:%Y-%m-%d}; embedding the cutoff {night.cutoff:%Y-%m-%d} would leak.",
+            "Use a checkpoint that was trained through an earlier time, or a later cutoff.",
+        )
+
+
+def _check_sequences(sequences: pa.Table, path: Path, night: _Night) -> None:
+    """Refuse sequences under another vocabulary, or as of another cutoff, or of a reserved user."""
+    checkpoint = night.checkpoint
+    if pc.any(pc.not_equal(sequences["vocabulary_id"], checkpoint.vocabulary_id)).as_py():
+        raise PipelineError(
+            f"{path.name} was tokenized under another vocabulary than that of the checkpoint "
+            f"{checkpoint.checkpoint_id}, which is {checkpoint.vocabulary_id}.",
+            "Tokenize with the vocabulary that is kept in the checkpoint's folder.",
+        )
+    cutoff = pa.scalar(night.cutoff, SEQUENCES.schema.field("observation_cutoff").type)
+    if pc.any(pc.not_equal(sequences["observation_cutoff"], cutoff)).as_py():
+        raise PipelineError(
+            f"{path.name} was not tokenized as of the cutoff {night.cutoff:%Y-%m-%d}.",
+            "Tokenize that cutoff first.",
+        )
+    if pc.index(sequences["user_id"], COLD_START_USER).as_py() >= 0:
+        raise PipelineError(
+            f"{path.name} has a user '{COLD_START_USER}'; that id is reserved.",
+            "Give this user another id in the source.",
+        )
+
+
+def _known_states(folder: Path | None, bucket: str, night: _Night) -> KnownStates:
+    """Return a bucket's states that this checkpoint made earlier, if any."""
+    if folder is None:
+        return KnownStates.none(night.state_width)
+    return KnownStates.load(folder / bucket, night.checkpoint.checkpoint_id, night.state_width)
+
+
+def _write_bucket(
+    path: Path, known: KnownStates, states_folder: Path, embeddings_folder: Path, night: _Night
+) -> Iterator[_Chunk]:
+    """Embed the users of a sequence file into a file of the same name in each folder."""
+    with ExitStack() as stack:
+        states = _open_writer(stack, states_folder / path.name, state_schema(night.state_width))
+        embeddings = _open_writer(
+            stack, embeddings_folder / path.name, embedding_schema(night.width)
+        )
+        source = stack.enter_context(pq.ParquetFile(path))
+        for batch in source.iter_batches(batch_size=CHUNK_USERS):
+            sequences = pa.Table.from_batches([batch])
+            _check_sequences(sequences, path, night)
+            chunk = _embed(sequences, path, known, night)
+            states.write_table(chunk.states)
+            embeddings.write_table(chunk.embeddings)
+            yield chunk
+
+
+def _open_writer(stack: ExitStack, target: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a Parquet file that appears when the stack is left; vectors are no dictionaries."""
+    aside = stack.enter_context(writing_file(target))
+    writer = pq.ParquetWriter(aside, schema, compression="zstd", use_dictionary=["checkpoint_id"])
+    return stack.enter_context(writer)
+
+
+def _embed(sequences: pa.Table, path: Path, known: KnownStates, night: _Night) -> _Chunk:
+    """Take the states that still hold, compute the others, and read all of them out."""
+    table = read_table(sequences, str(path))
+    wanted = fingerprints(table)
+    rows = known.find(table.user_ids, wanted)
+    states = np.zeros((len(table), night.state_width), np.float32)
+    states[rows >= 0] = known.states[rows[rows >= 0]]
+    # A history without events is no work for the transformer: its state is zero.
+    is_fresh = (rows < 0) & (table.num_events > 0)
+    if is_fresh.any():
+        fresh = read_table(sequences.filter(pa.array(is_fresh)), str(path))
+        encoded = encode_table(night.checkpoint.encoder, fresh, night.batch_tokens)
+        states[is_fresh] = encoded.states
+    return _Chunk(
+        states=states_table(sequences, states, wanted, night.checkpoint.checkpoint_id),
+        embeddings=_embeddings_table(sequences, states, path, night),
+        num_reused_states=int(np.sum((rows >= 0) & (table.num_events > 0))),
+        num_events=int(table.offsets[-1]),
+    )
+
+
+def _embeddings_table(sequences: pa.Table, states: Vectors, path: Path, night: _Night) -> pa.Table:
+    """Read states (N, S) out at the cutoff."""
+    is_cold_start = sequences["num_events"].to_numpy() == 0
+    silence = silence_days(sequences["last_event_at"], night.cutoff)
+    embeddings = read_out(night.checkpoint.encoder, states, silence)
+    embeddings[is_cold_start] = _prior(night)
+    if not np.isfinite(embeddings).all():
+        raise AssertionError(f"{path.name} has an embedding that is not finite")
+    return pa.table(
+        [
+            sequences["user_id"],
+            sequences["observation_cutoff"],
+            from_vectors(embeddings),
+            pa.repeat(night.checkpoint.checkpoint_id, len(sequences)),
+            sequences["num_events"],
+            sequences["last_event_at"],
+            pa.array(is_cold_start),
+            pa.repeat(_written_at(night), len(sequences)),
+        ],
+        schema=embedding_schema(night.width),
+    )
+
+
+def _prior(night: _Night) -> Vectors:
+    """Return the embedding (D,) of a user of whom nothing is known."""
+    prior: Vectors = night.checkpoint.encoder.prior().detach().float().cpu().numpy()
+    return prior
+
+
+def _written_at(night: _Night) -> pa.Scalar:
+    """Return `written_at` as Arrow has it."""
+    return pa.scalar(night.written_at, embedding_schema(night.width).field("written_at").type)
+
+
+def _prior_table(night: _Night) -> pa.Table:
+    """Return the row that a lookup of an unknown user finds."""
+    row = {
+        "user_id": COLD_START_USER,
+        "observation_cutoff": night.cutoff,
+        "embedding": _prior(night),
+        "checkpoint_id": night.checkpoint.checkpoint_id,
+        "num_events": 0,
+        "last_event_at": None,
+        "is_cold_start": True,
+        "written_at": night.written_at,
+    }
+    return pa.Table.from_pylist([row], schema=embedding_schema(night.width))
