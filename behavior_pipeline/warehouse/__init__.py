@@ -1,1 +1,1 @@
-"""Stage 1: what surrounds the SQL in `dbt_sql/`: its variables, the export of marts, analytics.duckdb."""
+"""Stage 1: what surrounds the SQL in `dbt_sql/`: variables, build, export, analytics."""

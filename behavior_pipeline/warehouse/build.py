@@ -1,0 +1,122 @@
+"""Builds the warehouse with dbt: into a fresh file aside, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import behavior_pipeline
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.ingest.presets import Preset
+from behavior_pipeline.progress import Report, report_nothing
+from behavior_pipeline.settings import Settings
+from behavior_pipeline.storage import Storage
+from behavior_pipeline.warehouse.swap import database_aside, swap_in
+from behavior_pipeline.warehouse.variables import dbt_variables
+from behavior_pipeline.windows import EvaluationWindows
+
+DBT_PROJECT = Path(behavior_pipeline.__file__).parents[1] / "dbt_sql"
+"""The dbt project at the root of the repository; it is its own profiles folder."""
+
+WITHOUT_UNIT_TESTS = ("--exclude", "test_type:unit")
+"""Unit tests check the SQL, not the data: a night need not repeat them."""
+
+_PROGRESS_LINE = re.compile(r"(\d+) of (\d+) (?:OK|PASS|WARN|ERROR|FAIL|SKIP)\w* (.*?)\s*\.*\s*\[")
+_CLOCK = re.compile(r"^\d\d:\d\d:\d\d  ")
+_MAX_SHOWN_FAILURES = 3
+
+
+def build_warehouse(
+    storage: Storage,
+    settings: Settings,
+    preset: Preset,
+    windows: EvaluationWindows,
+    report: Report = report_nothing,
+) -> None:
+    """Build every model from the canonical events, test it, and swap the new file in.
+
+    Raises:
+        PipelineError: if there are no events, or a model or a data test fails; the warehouse of
+            the run before then stays.
+    """
+    if next(storage.events.glob("arrival=*/*.parquet"), None) is None:
+        raise PipelineError(f"There are no events in {storage.events}.", "Ingest a source first.")
+    variables = dbt_variables(settings, preset, storage, windows)
+    with warehouse_aside(storage) as aside:
+        arguments = [
+            *dbt_arguments("build", variables | {"warehouse_path": str(aside)}, aside.parent),
+            *WITHOUT_UNIT_TESTS,
+        ]
+        run_dbt(arguments, report)
+        swap_in_warehouse(storage, aside)
+
+
+def dbt_arguments(command: str, variables: Mapping[str, object], work: Path) -> list[str]:
+    """Return dbt's arguments for a command, with everything it writes kept under `work`.
+
+    Args:
+        command: such as `build` or `compile`.
+        variables: those of `dbt_variables`, and `warehouse_path`.
+        work: folder for dbt's own artifacts and logs.
+    """
+    return [
+        command,
+        *("--project-dir", str(DBT_PROJECT)),
+        *("--profiles-dir", str(DBT_PROJECT)),
+        *("--target-path", str(work / "target")),
+        *("--log-path", str(work / "logs")),
+        *("--vars", json.dumps(variables, sort_keys=True)),
+    ]
+
+
+def warehouse_aside(storage: Storage) -> AbstractContextManager[Path]:
+    """Return a context that yields the path of a warehouse to be (`warehouse_path`)."""
+    return database_aside(storage, storage.warehouse)
+
+
+def swap_in_warehouse(storage: Storage, aside: Path) -> None:
+    """Put a finished warehouse in place of the old one, in one rename."""
+    swap_in(aside, storage.warehouse)
+
+
+def run_dbt(arguments: list[str], report: Report = report_nothing) -> None:
+    """Run dbt in a process of its own, so that its memory goes back when it is done.
+
+    Raises:
+        PipelineError: with the models and tests that failed.
+    """
+    command = [sys.executable, "-u", "-m", "dbt.cli.main", "--no-use-colors", *arguments]
+    with subprocess.Popen(  # noqa: S603 - the arguments are a list; no shell reads them
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
+    ) as process:
+        lines = list(_reported(process, report))
+    if process.returncode:
+        raise PipelineError(_failure(lines), "The old warehouse stays as it was.")
+
+
+def _reported(process: subprocess.Popen[str], report: Report) -> Iterator[str]:
+    """Yield dbt's lines, reporting each node that is done."""
+    for line in process.stdout or ():
+        if match := _PROGRESS_LINE.search(line):
+            report(int(match[1]), int(match[2]), match[3])
+        yield line.rstrip()
+
+
+def _failure(lines: list[str]) -> str:
+    """Return what dbt says about the first failures, or its last lines."""
+    texts = [_CLOCK.sub("", line) for line in lines]
+    starts = [i for i, text in enumerate(texts) if re.match(r"(Failure|\w* ?Error) in ", text)]
+    shown = [text for start in starts[:_MAX_SHOWN_FAILURES] for text in texts[start : start + 4]]
+    about = [text for text in shown or texts[-8:] if text.strip()]
+    return "\n".join(("dbt could not build the warehouse:", *about))
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment without the developer's own dbt settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("DBT_")}

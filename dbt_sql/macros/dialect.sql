@@ -1,0 +1,30 @@
+{#- Where SQL dialects differ. Everything else in the models is common SQL, apart from FILTER,
+    QUALIFY and arg_min/arg_max, which Spark, Snowflake and BigQuery have under these or like names. -#}
+
+{#- A timestamp with time zone as the wall clock of UTC, whatever the session's time zone. -#}
+{% macro utc_timestamp(column) -%}
+  make_timestamp(epoch_us({{ column }}))
+{%- endmacro %}
+
+{% macro utc_date(column) -%}
+  cast({{ utc_timestamp(column) }} as date)
+{%- endmacro %}
+
+{% macro seconds_between(earlier, later) -%}
+  (epoch_us({{ later }}) - epoch_us({{ earlier }})) / 1e6
+{%- endmacro %}
+
+{#- Hour boundaries passed between two times. -#}
+{% macro hours_between(earlier, later) -%}
+  date_diff('hour', {{ utc_timestamp(earlier) }}, {{ utc_timestamp(later) }})
+{%- endmacro %}
+
+{#- A stable hash of the user: the first 32 bits of its MD5, so that every engine and every release
+    puts a user into the same bucket. -#}
+{% macro user_bucket(user_id, num_buckets) -%}
+  cast(cast('0x' || substr(md5({{ user_id }}), 1, 8) as bigint) % {{ num_buckets | int }} as integer)
+{%- endmacro %}
+
+{% macro is_weekend(date) -%}
+  isodow({{ date }}) >= 6
+{%- endmacro %}

@@ -1,0 +1,8 @@
+{#- Every row satisfies the expression. -#}
+{% test holds(model, expression) %}
+
+select *
+from {{ model }}
+where ({{ expression }}) is not true
+
+{% endtest %}
