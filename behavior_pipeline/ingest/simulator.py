@@ -8,6 +8,7 @@ depend on the other chunks.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -27,7 +28,8 @@ from behavior_pipeline.ingest.simulation.world import World, build_world
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.storage import read_json, write_json, writing_folder
 
-MANIFEST_NAME: Final = "simulation.json"
+MANIFEST_NAME: Final = "_simulation.json"  # the underscore hides it from readers of the folder
+WRITTEN_NAME: Final = re.compile(r"events-\d{5,}\.parquet|_simulation\.json")
 SIMULATOR_VERSION: Final = 1  # raise it whenever the same arguments give other bytes
 DEFAULT_START: Final = date(2026, 1, 1)
 
@@ -151,10 +153,11 @@ def simulate(
 
     Raises:
         PipelineError: if an argument is out of range, or so many events cannot come from so many
-            users and days.
+            users and days, or the folder holds anything that no simulation wrote.
     """
     plan = _Plan(num_users, num_days, seed, start, num_events)
     if not _is_written(folder, plan):
+        _check_replaceable(folder)
         _write(folder, plan, report)
     return _read_summary(folder)
 
@@ -188,6 +191,19 @@ def _is_written(folder: Path, plan: _Plan) -> bool:
 def _parquet_sizes(folder: Path) -> dict[str, int]:
     """Return the size of each Parquet file of a folder."""
     return {path.name: path.stat().st_size for path in folder.glob("*.parquet")}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what no simulation wrote."""
+    if folder.is_file():
+        raise PipelineError(f"'{folder}' is a file.", "Give a folder for the simulated events.")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not WRITTEN_NAME.fullmatch(name)]
+    if foreign:
+        raise PipelineError(
+            f"The folder '{folder}' holds '{foreign[0]}', which no simulation wrote.",
+            "Give a new or empty folder: a simulation replaces the whole folder.",
+        )
 
 
 def _write(folder: Path, plan: _Plan, report: Report) -> None:

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.ingest.files import find_files
 from behavior_pipeline.ingest.presets import load_preset
 from behavior_pipeline.ingest.simulation.export import SOURCE_SCHEMA
 from behavior_pipeline.ingest.simulation.rendering import EVENT_TYPES
@@ -79,8 +80,8 @@ def test_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     other = simulate(tmp_path / "c", 300, 30, 2)
     assert bytes_of(first) == bytes_of(again)
     assert bytes_of(first) != bytes_of(other)
-    assert (tmp_path / "a/simulation.json").read_bytes() == (
-        tmp_path / "b/simulation.json"
+    assert (tmp_path / "a/_simulation.json").read_bytes() == (
+        tmp_path / "b/_simulation.json"
     ).read_bytes()
 
 
@@ -286,11 +287,29 @@ def test_a_folder_that_holds_the_simulation_is_left_alone(tmp_path: Path) -> Non
     assert not is_simulated(folder, 50, 10, 0)
 
 
+def test_the_folder_reads_as_parquet_alone(tmp_path: Path) -> None:
+    summary = simulate(tmp_path / "raw", 50, 5, 0)
+    assert find_files(str(tmp_path / "raw")).files == tuple(str(path) for path in summary.files)
+
+
+def test_a_folder_with_other_things_is_never_replaced(tmp_path: Path) -> None:
+    simulate(tmp_path / "raw", 50, 5, 0)
+    for folder, name in (("home", "letter.txt"), ("raw", "events-mine.parquet")):
+        mine = tmp_path / folder / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        with pytest.raises(PipelineError, match=f"holds '{name}'"):
+            simulate(tmp_path / folder, 50, 5, 1)
+        assert mine.read_text() == "mine"
+    with pytest.raises(PipelineError, match="is a file"):
+        simulate(tmp_path / "home" / "letter.txt", 50, 5, 1)
+
+
 def test_other_arguments_replace_the_whole_folder(tmp_path: Path) -> None:
     simulate(tmp_path / "raw", 4200, 3, 0)
     summary = simulate(tmp_path / "raw", 50, 3, 0)
     names = {path.name for path in (tmp_path / "raw").iterdir()}
-    assert names == {summary.files[0].name, "simulation.json"}
+    assert names == {summary.files[0].name, "_simulation.json"}
 
 
 def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
