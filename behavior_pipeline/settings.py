@@ -45,12 +45,18 @@ class Settings(BaseSettings):
     simulated_users: PositiveInt = Field(3000, description="users that `simulated` begins with")
     simulated_days: PositiveInt = Field(180, description="days that `simulated` covers")
 
+    max_quarantined_share: float = Field(
+        0.5, ge=0, le=1, description="a load with a larger share of broken rows is refused"
+    )
+
     min_token_count: PositiveInt = Field(5, description="rarer values become UNK")
     max_vocabulary: PositiveInt = Field(20_000, description="most values kept per token field")
     max_sequence_events: PositiveInt = Field(512, description="newest events kept per user")
 
     encoder_preset: Literal["tiny", "small", "base"] = Field("small", description="encoder size")
-    max_training_steps: PositiveInt = Field(400, description="optimiser steps at the most")
+    max_training_steps: PositiveInt | None = Field(
+        None, description="optimiser steps at the most; the encoder preset's own where absent"
+    )
 
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")

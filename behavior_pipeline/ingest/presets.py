@@ -6,13 +6,21 @@ someone else's preset can be run without being read as code.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from behavior_pipeline.errors import PipelineError
 
@@ -22,10 +30,11 @@ class _Strict(BaseModel):
 
 
 class ColumnMapping(_Strict):
-    """Where a canonical column comes from: one source column, or a product, or a constant.
+    """Where a canonical column comes from: exactly one of the five sources below.
 
     Attributes:
         column: source column whose value is taken.
+        first_of: source columns of which the first with a value is taken.
         product_of: source columns whose product is taken (numeric).
         constant: the same text for every row.
         prefix: keep only so many leading characters.
@@ -33,8 +42,9 @@ class ColumnMapping(_Strict):
     """
 
     column: str | None = None
-    product_of: tuple[str, ...] | None = None
-    join: tuple[str, ...] | None = None
+    first_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    product_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    join: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     constant: str | None = None
     prefix: PositiveInt | None = None
 
@@ -42,7 +52,14 @@ class ColumnMapping(_Strict):
     def source_columns(self) -> tuple[str, ...]:
         """The source columns that this mapping reads."""
         single = (self.column,) if self.column is not None else ()
-        return single + (self.product_of or ()) + (self.join or ())
+        return single + (self.first_of or ()) + (self.product_of or ()) + (self.join or ())
+
+    @model_validator(mode="after")
+    def _take_one_source(self) -> ColumnMapping:
+        sources = (self.column, self.first_of, self.product_of, self.join, self.constant)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("give exactly one of column, first_of, product_of, join, constant")
+        return self
 
 
 class TimeMapping(_Strict):
@@ -52,7 +69,8 @@ class TimeMapping(_Strict):
         column: source column.
         unit: how the value is written: a timestamp, ISO text, or a number since 1970.
         format: strptime format of texts that are not ISO 8601.
-        earliest, latest: rows outside `[earliest, latest)` come from broken clocks: quarantined.
+        earliest, latest: rows outside `[earliest, latest)` come from broken clocks: quarantined;
+            a time without a zone is UTC.
     """
 
     column: str
@@ -60,6 +78,11 @@ class TimeMapping(_Strict):
     format: str | None = None
     earliest: datetime | None = None
     latest: datetime | None = None
+
+    @field_validator("earliest", "latest")
+    @classmethod
+    def _read_naive_as_utc(cls, value: datetime | None) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
 
 
 def _as_mapping(value: object) -> object:
@@ -132,7 +155,9 @@ class Preset(_Strict):
 def preset_names() -> list[str]:
     """Return the names of the presets that ship with the package."""
     folder = resources.files("behavior_pipeline.ingest") / "presets"
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def load_preset(source: str) -> Preset:
@@ -142,7 +167,9 @@ def load_preset(source: str) -> Preset:
         PipelineError: if there is no such preset, or it is not valid.
     """
     if source in preset_names():
-        text = (resources.files("behavior_pipeline.ingest") / "presets" / f"{source}.yaml").read_text()
+        text = (
+            resources.files("behavior_pipeline.ingest") / "presets" / f"{source}.yaml"
+        ).read_text()
         return parse_preset(text, source)
     path = Path(source)
     if path.suffix not in {".yaml", ".yml"} or not path.is_file():
