@@ -2,22 +2,28 @@
 
 An embedding is read out for everyone every night, because silence grows for everyone; a state is
 computed by the transformer only for users whose sequence is not the one it was computed from.
+
+Buckets run side by side, each with a single thread of torch: faster than one bucket with several
+threads, as the batches are small, and no user's numbers depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from behavior_pipeline.contracts import COLD_START_USER, SEQUENCES, embedding_schema
 from behavior_pipeline.embeddings.states import (
@@ -42,7 +48,7 @@ BATCH_TOKENS: Final = 2048
 as fast on a CPU; on a GPU give more."""
 
 CHUNK_USERS: Final = 16_384
-"""Users in memory at once."""
+"""Users that a thread has in memory at once."""
 
 PRIOR_FILE: Final = "bucket=prior.parquet"
 """Holds the one row of COLD_START_USER beside the files of the buckets."""
@@ -109,6 +115,7 @@ def embed_sequences(
     written_at: datetime,
     previous_states_folder: Path | None = None,
     device: str = "cpu",
+    threads: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     report: Report = report_nothing,
 ) -> EmbeddingsSummary:
@@ -129,8 +136,9 @@ def embed_sequences(
         written_at: recorded in every row.
         previous_states_folder: states of an earlier run, with the same buckets; a user whose
             sequence and checkpoint are unchanged keeps the state, byte for byte what a new pass
-            would give on the same machine and number of threads. May be `states_folder`.
+            would give on the same machine. May be `states_folder`.
         device: where the encoder runs, as torch names it.
+        threads: buckets that are worked on at once; None means as many as torch has threads.
         batch_tokens: padded tokens of a batch.
         report: progress over users.
 
@@ -142,35 +150,68 @@ def embed_sequences(
     files = sequence_files(sequences_folder)
     night = _Night(load_checkpoint(checkpoint_folder, device), cutoff, written_at, batch_tokens)
     _check_checkpoint(night)
-    total = sum(pq.read_metadata(path).num_rows for path in files)
-    tally = _Tally(time.perf_counter())
+    tally = _Tally(report, sum(pq.read_metadata(path).num_rows for path in files))
     with writing_folder(states_folder) as states, writing_folder(embeddings_folder) as embeddings:
-        for path in files:
+
+        def embed_bucket(path: Path) -> None:
             known = _known_states(previous_states_folder, path.name, night)
             for chunk in _write_bucket(path, known, states, embeddings, night):
-                tally.add(chunk)
-                report(tally.num_users, total, path.stem)
+                tally.add(chunk, path.stem)
+
+        with _side_by_side(threads or torch.get_num_threads(), tally) as pool:
+            for job in [pool.submit(embed_bucket, path) for path in files]:
+                job.result()
         with writing_file(embeddings / PRIOR_FILE) as target:
             pq.write_table(_prior_table(night), target)
     return tally.summary(night)
 
 
+@contextmanager
+def _side_by_side(threads: int, tally: _Tally) -> Iterator[ThreadPoolExecutor]:
+    """Yield so many workers, each with one thread of torch; on an error all of them stop soon."""
+    threads_before = torch.get_num_threads()
+    # Said to the whole process and to each worker: torch keeps it in both places.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                tally.is_stopped = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads_before)
+
+
 @dataclass
 class _Tally:
-    """What has been embedded since the clock was started."""
+    """What all workers have embedded since the clock was started."""
 
-    started: float
+    report: Report
+    num_expected: int
     num_users: int = 0
     num_cold_start: int = 0
     num_reused_states: int = 0
     num_events: int = 0
+    is_stopped: bool = False
+    started: float = field(default_factory=time.perf_counter)
+    lock: Lock = field(default_factory=Lock)
 
-    def add(self, chunk: _Chunk) -> None:
-        """Count a chunk."""
-        self.num_users += len(chunk.embeddings)
-        self.num_cold_start += pc.sum(chunk.embeddings["is_cold_start"]).as_py() or 0
-        self.num_reused_states += chunk.num_reused_states
-        self.num_events += chunk.num_events
+    def add(self, chunk: _Chunk, bucket: str) -> None:
+        """Count a chunk and report it, one worker at a time.
+
+        Raises:
+            CancelledError: if another worker has failed.
+        """
+        with self.lock:
+            if self.is_stopped:
+                raise CancelledError
+            self.num_users += len(chunk.embeddings)
+            self.num_cold_start += pc.sum(chunk.embeddings["is_cold_start"]).as_py() or 0
+            self.num_reused_states += chunk.num_reused_states
+            self.num_events += chunk.num_events
+            self.report(self.num_users, self.num_expected, bucket)
 
     def summary(self, night: _Night) -> EmbeddingsSummary:
         """Stop the clock."""

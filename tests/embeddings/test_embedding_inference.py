@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,6 @@ WRITTEN_AT = datetime(2024, 3, 1, tzinfo=UTC)
 
 ROWS = [row for number in range(12) for row in history(f"u{number:02d}", 2 * number + 1, number)]
 COLD = [event("cold", 5, "adjusted", "adjust")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -162,6 +153,16 @@ def test_the_same_inputs_give_the_same_bytes(home: Home):
     embed(home, TONIGHT)
     assert contents(home.storage.states(TONIGHT)) == states
     assert contents(home.storage.embeddings(TONIGHT)) == embeddings
+
+
+def test_the_number_of_threads_changes_no_byte(home: Home):
+    home.tokenize([*ROWS, *COLD], TONIGHT)
+    embed(home, TONIGHT, threads=1)
+    expected = contents(home.storage.embeddings(TONIGHT))
+    before = torch.get_num_threads()
+    embed(home, TONIGHT, threads=3)
+    assert contents(home.storage.embeddings(TONIGHT)) == expected
+    assert torch.get_num_threads() == before
 
 
 def test_silence_changes_the_embedding_and_not_the_state(home: Home):
