@@ -4,8 +4,6 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from feature_store_builders import NOVEMBER, OCTOBER, WIDTH, vectors, write_embeddings, write_rfm
 from hypothesis import given, settings
@@ -138,14 +136,17 @@ def test_plain_feast_gives_the_same_rows(home: Storage):
     assert plain.sort_by("user_id").to_pylist() == ours.to_pylist()
 
 
-def test_the_history_of_a_filled_in_cutoff_was_written_later(home: Storage):
-    """The test above would pass by accident if the two clocks agreed."""
-    folder = home.feature_store / "offline" / "user_rfm"
-    written = [
-        pc.min(pq.read_table(folder / f"cutoff={day}" / "features.parquet")["written_at"]).as_py()
-        for day in ("2011-10-10", "2011-11-09")
-    ]
-    assert written[0] > written[1] > NOVEMBER
+@pytest.mark.parametrize(("is_by_writing", "frequency"), [(False, 2), (True, None)])
+def test_a_filled_in_cutoff_is_found_unless_asked_what_had_been_written(
+    home: Storage, is_by_writing: bool, frequency: int | None
+):
+    """The rows of October were written today, long after the moment asked for."""
+    found = open_store(home).get_historical_features(
+        entity_df=ask(("ada", OCTOBER)).to_pandas(),
+        features=["user_rfm:frequency"],
+        filter_by_created_timestamp=is_by_writing,
+    )
+    assert found.to_arrow()["frequency"].to_pylist() == [frequency]
 
 
 @pytest.mark.parametrize(
