@@ -29,8 +29,9 @@ from behavior_pipeline.ingest.arrivals import (
 from behavior_pipeline.ingest.files import DATE_PLACE, find_files
 from behavior_pipeline.ingest.mapping import check_columns
 from behavior_pipeline.ingest.presets import Preset
-from behavior_pipeline.ingest.readers import MALFORMED_LINES, Source, open_source, unreadable
+from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load
+from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source, unreadable
 from behavior_pipeline.ingest.validation import judged_rows
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
@@ -39,11 +40,15 @@ from behavior_pipeline.storage import Storage, make_private_folder
 from behavior_pipeline.windows import midnight
 
 _NUM_STEPS: Final = 4
-_READ_ERRORS: Final = (
-    duckdb.InvalidInputException,
-    duckdb.IOException,
-    duckdb.ConversionException,
-    duckdb.SerializationException,
+HISTORY: Final = "history"
+"""The arrival of a bulk load."""
+
+_NOT_THE_FILES_FAULT: Final = (
+    duckdb.OutOfMemoryException,
+    duckdb.InterruptException,
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
 )
 _EVENTS: Final = ", ".join(EVENT_COLUMNS)
 
@@ -99,7 +104,7 @@ def load_arrival(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
-    scope = _Scope(None if DATE_PLACE in path else day, is_bulk=day is None)
+    scope = _Scope(None if DATE_PLACE in path else day, is_bulk=arrival == HISTORY)
     found = find_files(path, day)
     engine = open_engine(settings.memory_limit, settings.threads, storage.scratch)
     with engine as connection, _workspace(storage.scratch) as workspace:
@@ -110,7 +115,9 @@ def load_arrival(
             _stage(connection, preset, source, scope)
             report(1, _NUM_STEPS, "judging")
             num_read = _count_read(connection, preset, source, scope)
-        except _READ_ERRORS as error:
+        except _NOT_THE_FILES_FAULT:
+            raise
+        except duckdb.Error as error:
             raise unreadable(found.path, error) from None
         refuse_bad_load(connection, preset, source, settings, scope.day, scope.is_bulk)
         _deduplicate(connection, preset, other_arrivals(storage, arrival))

@@ -13,7 +13,7 @@ from typing import Final
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import ColumnMapping, Columns, TimeMapping
-from behavior_pipeline.ingest.readers import SourceColumn
+from behavior_pipeline.ingest.sources import SourceColumn
 from behavior_pipeline.sql import quote_text
 
 Sources = Mapping[str, SourceColumn]

@@ -1,98 +1,24 @@
-"""Raw files as one DuckDB relation, whatever their kind; never whole in Python.
-
-A relation has `source_file`, `row_number`, `is_broken` (a JSON line that is no object), `raw_row`
-(JSON) and the source's columns as `v0`, `v1`, …: so no name in a file can clash with another or be
-read as SQL. CSV and JSON values arrive as text, so that a broken value is quarantined, not a crash.
-"""
+"""Raw files are opened here, each kind by its own reader; never whole in Python."""
 
 from __future__ import annotations
 
-import csv
-import re
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Final
 
 import duckdb
-import pyarrow as pa
 
-from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.files import RawFiles
-from behavior_pipeline.ingest.mending import (
-    LINE_DELIMITER,
-    MalformedLine,
-    mend_csv,
-    mend_lines,
-    open_text,
-    printable,
+from behavior_pipeline.ingest.sources import (
+    MALFORMED_LINES,
+    Source,
+    fetch_int,
+    no_data,
+    number_columns,
+    raw_object,
+    sql_list,
+    unreadable,
 )
-from behavior_pipeline.sql import quote_identifier, quote_text
-
-MALFORMED_LINES: Final = "malformed_lines"
-"""Temporary table of lines that are no rows: source_file, row_number, reason, raw_row (JSON)."""
-
-NO_ROW_NUMBER: Final = "NULL::BIGINT"
-_DELIMITERS: Final = (",", ";", "\t", "|")
-_CHUNK: Final = 10_000  # malformed lines held in Python at once
-_READ_ERRORS: Final = (OSError, EOFError, zlib.error, csv.Error)
-
-
-@dataclass(frozen=True)
-class SourceColumn:
-    """A column of the source: its SQL expression in the relation and its DuckDB type."""
-
-    expression: str
-    type: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """Raw files that were found readable.
-
-    Attributes:
-        path: what the user gave.
-        columns: by name in the file, in the file's order.
-        num_rows: well-formed rows, counted apart from loading.
-        num_malformed: lines that are no rows, in the table `malformed_lines`.
-        plain_rows: SQL of the relation without row numbers, for parallel reading.
-        numbered_rows: the same with row numbers; CSV and JSON are then read in order.
-    """
-
-    path: str
-    columns: dict[str, SourceColumn]
-    num_rows: int
-    num_malformed: int
-    plain_rows: str
-    numbered_rows: str
-
-
-@dataclass(frozen=True)
-class _TextFile:
-    """A CSV or JSON file as DuckDB can read it.
-
-    Attributes:
-        source_file: the user's file.
-        read_path: the same, or its mended copy.
-        header: names of the columns, empty for JSON.
-        delimiter: between values.
-        num_lines: rows to skip when numbering the file after this one (blank JSON lines count).
-        num_rows: rows with content.
-    """
-
-    source_file: str
-    read_path: str
-    header: tuple[str, ...]
-    delimiter: str
-    num_lines: int
-    num_rows: int
-
-    @property
-    def is_mended(self) -> bool:
-        """Whether this is a copy without malformed lines."""
-        return self.read_path != self.source_file
+from behavior_pipeline.ingest.text_readers import open_csv, open_jsonl
+from behavior_pipeline.sql import quote_identifier
 
 
 def open_source(connection: duckdb.DuckDBPyConnection, found: RawFiles, scratch: Path) -> Source:
@@ -112,11 +38,11 @@ def open_source(connection: duckdb.DuckDBPyConnection, found: RawFiles, scratch:
     )
     files = [file for file in found.files if Path(file).stat().st_size > 0]
     if not files:
-        raise _empty(found.path)
-    read = {"parquet": _open_parquet, "csv": _open_csv, "jsonl": _open_jsonl}[found.kind]
+        raise no_data(found.path)
+    read = {"parquet": _open_parquet, "csv": open_csv, "jsonl": open_jsonl}[found.kind]
     source = read(connection, found.path, files, scratch)
     if source.num_rows + source.num_malformed == 0:
-        raise _empty(found.path)
+        raise no_data(found.path)
     return source
 
 
@@ -128,11 +54,11 @@ def _open_parquet(
     for file in files:
         try:
             query = "SELECT num_rows FROM parquet_file_metadata(?)"
-            num_rows += _fetch_int(connection, query, [file])
+            num_rows += fetch_int(connection, query, [file])
         except duckdb.Error as error:
             raise unreadable(file, error) from None
     reader = (
-        f"read_parquet({_list(files)}, filename = 'source file', union_by_name = true, "
+        f"read_parquet({sql_list(files)}, filename = 'source file', union_by_name = true, "
         "hive_partitioning = false)"
     )
     try:
@@ -140,277 +66,11 @@ def _open_parquet(
     except duckdb.Error as error:
         raise unreadable(path, error) from None
     types = {name: type_ for name, type_, *_ in described if name != "source file"}
-    columns = _numbered_columns(types)
+    columns = number_columns(types)
     values = ", ".join(f"{quote_identifier(name)} AS v{i}" for i, name in enumerate(types))
-    raw = _raw_object(list(types), [quote_identifier(name) for name in types])
+    raw = raw_object(list(types), [quote_identifier(name) for name in types])
     rows = (
         'SELECT "source file" AS source_file, file_row_number + 1 AS row_number, '
         f"false AS is_broken, {raw} AS raw_row, {values} FROM {reader}"
     )
     return Source(path, columns, num_rows, 0, rows, rows)
-
-
-def _open_csv(
-    connection: duckdb.DuckDBPyConnection, path: str, files: list[str], scratch: Path
-) -> Source:
-    """Describe CSV files; files with unlike headers are read apart and joined by name."""
-    texts = [_probe_csv(connection, file, scratch) for file in files]
-    names = list(dict.fromkeys(name for text in texts for name in text.header))
-    columns = _numbered_columns(dict.fromkeys(names, "VARCHAR"))
-    num_malformed = _fetch_int(connection, f"SELECT count(*) FROM {MALFORMED_LINES}")
-    groups: dict[tuple[tuple[str, ...], str, bool], list[_TextFile]] = {}
-    for text in texts:
-        groups.setdefault((text.header, text.delimiter, text.is_mended), []).append(text)
-    plain, numbered = (
-        " UNION ALL ".join(_csv_rows(group, names, is_numbered) for group in groups.values())
-        for is_numbered in (False, True)
-    )
-    num_rows = sum(text.num_rows for text in texts)
-    return Source(path, columns, num_rows, num_malformed, plain, numbered)
-
-
-def _probe_csv(connection: duckdb.DuckDBPyConnection, file: str, scratch: Path) -> _TextFile:
-    """Read a CSV file once: count its rows, or mend it where DuckDB refuses a line."""
-    header, delimiter, is_header_first = _csv_header(file)
-    if is_header_first:
-        try:
-            query = f"SELECT count(*) FROM {_csv_reader([file], len(header), delimiter)}"
-            num_rows = _fetch_int(connection, query)
-            return _TextFile(file, file, header, delimiter, num_rows, num_rows)
-        except duckdb.Error:  # some line is malformed: found, one by one, by mending
-            pass
-    copy = _copy_name(scratch, ".csv")
-    lines = mend_csv(file, delimiter, len(header), copy)
-    _keep_malformed(connection, file, lines)
-    query = f"SELECT count(*) FROM {_csv_reader([str(copy)], len(header) + 1, ',')}"
-    num_rows = _count_mended(connection, file, query)
-    return _TextFile(file, str(copy), header, ",", num_rows, num_rows)
-
-
-def _csv_header(file: str) -> tuple[tuple[str, ...], str, bool]:
-    """Return a CSV file's column names, its delimiter, and whether they are its first line.
-
-    The delimiter is the one, of comma, semicolon, tab and bar, that the header has most of.
-    """
-    try:
-        with open_text(file) as text:
-            blank, first = 0, text.readline()
-            while first and not first.strip("\r\n"):
-                blank, first = blank + 1, text.readline()
-            delimiter = max(_DELIMITERS, key=first.count)
-            rows = csv.reader([first, *islice(text, 20)], delimiter=delimiter)
-            header = tuple(printable(name) for name in next(rows, []))
-    except _READ_ERRORS as error:
-        raise unreadable(file, error) from None
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise PipelineError(
-            f"'{file}' has more than one column '{twice[0]}'.", "Rename one of them in the header."
-        )
-    if not header:
-        raise _empty(file)
-    return header, delimiter, blank == 0
-
-
-def _csv_reader(files: list[str], num_columns: int, delimiter: str) -> str:
-    """Return the SQL call that reads CSV files as the text columns `c0`, `c1` and so on."""
-    columns = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(num_columns))
-    return (
-        f"read_csv({_list(files)}, delim = {quote_text(delimiter)}, quote = '\"', escape = '\"', "
-        f"header = true, auto_detect = false, filename = 'source file', columns = {{{columns}}})"
-    )
-
-
-def _csv_rows(group: list[_TextFile], names: list[str], is_numbered: bool) -> str:
-    """Return the relation of CSV files that share header and delimiter; mended ones are apart."""
-    header, is_mended = group[0].header, group[0].is_mended
-    place = {name: f"c{index + is_mended}" for index, name in enumerate(header)}
-    reader = _csv_reader(
-        [text.read_path for text in group], len(header) + is_mended, group[0].delimiter
-    )
-    values = ", ".join(
-        f"{place.get(name, 'NULL::VARCHAR')} AS v{i}" for i, name in enumerate(names)
-    )
-    raw = _raw_object(list(header), list(place.values()))
-    row_number = "c0::BIGINT" if is_mended else NO_ROW_NUMBER
-    rows = (
-        f"SELECT {{file}} AS source_file, {{number}} AS row_number, false AS is_broken, "
-        f"{raw} AS raw_row, {values} FROM {{reader}}"
-    )
-    if not is_numbered:
-        return rows.format(file='"source file"', number=row_number, reader=reader)
-    number = row_number if is_mended else "place - num_before"
-    return rows.format(file="original", number=number, reader=_in_order(reader, group))
-
-
-def _open_jsonl(
-    connection: duckdb.DuckDBPyConnection, path: str, files: list[str], scratch: Path
-) -> Source:
-    """Describe files of JSON lines: their columns are all keys of all lines."""
-    texts = [_probe_lines(connection, file, scratch) for file in files]
-    reader = _line_reader([text.read_path for text in texts])
-    keys = (
-        f"SELECT DISTINCT unnest(CASE WHEN {_IS_OBJECT} THEN json_keys(line) END) AS key "
-        f"FROM {reader} WHERE {_HAS_CONTENT} ORDER BY key"
-    )
-    names = [name for (name,) in connection.execute(keys).fetchall()]
-    num_malformed = _fetch_int(connection, f"SELECT count(*) FROM {MALFORMED_LINES}")
-    plain, numbered = (
-        _json_rows(texts, reader, names, is_numbered) for is_numbered in (False, True)
-    )
-    columns = _numbered_columns(dict.fromkeys(names, "VARCHAR"))
-    num_rows = sum(text.num_rows for text in texts)
-    return Source(path, columns, num_rows, num_malformed, plain, numbered)
-
-
-_HAS_CONTENT: Final = "trim(line, ' \t\r') <> ''"
-_IS_OBJECT: Final = "CASE WHEN json_valid(line) THEN json_type(line) = 'OBJECT' ELSE false END"
-
-
-def _probe_lines(connection: duckdb.DuckDBPyConnection, file: str, scratch: Path) -> _TextFile:
-    """Read a text file once: count its lines, or mend it where DuckDB refuses one."""
-    query = f"SELECT count(*), count(*) FILTER ({_HAS_CONTENT}) FROM {{}}"
-    try:
-        counts = connection.execute(query.format(_line_reader([file]))).fetchone()
-        return _TextFile(file, file, (), "", *(counts or (0, 0)))
-    except duckdb.Error:  # a line that is no text: found by mending
-        pass
-    copy = _copy_name(scratch, ".jsonl")
-    _keep_malformed(connection, file, mend_lines(file, copy))
-    try:
-        counts = connection.execute(query.format(_line_reader([str(copy)]))).fetchone()
-    except duckdb.Error as error:
-        raise unreadable(file, error) from None
-    return _TextFile(file, str(copy), (), "", *(counts or (0, 0)))
-
-
-def _line_reader(files: list[str]) -> str:
-    """Return the SQL call that reads texts as one column `line`."""
-    return (
-        f"read_csv({_list(files)}, delim = {quote_text(LINE_DELIMITER)}, quote = '', escape = '', "
-        "header = false, auto_detect = false, filename = 'source file', "
-        "columns = {'line': 'VARCHAR'})"
-    )
-
-
-def _json_rows(texts: list[_TextFile], reader: str, names: list[str], is_numbered: bool) -> str:
-    """Return the relation of JSON lines; a line that is no object has null values only."""
-    pointers = ", ".join(quote_text(_pointer(name)) for name in names)
-    values = "".join(f", fields[{i + 1}] AS v{i}" for i in range(len(names)))
-    file, number = (
-        ("original", "place - num_before") if is_numbered else ('"source file"', NO_ROW_NUMBER)
-    )
-    lines = (
-        f"SELECT {file} AS source_file, {number} AS row_number, line, {_IS_OBJECT} AS is_object "
-        f"FROM {_in_order(reader, texts) if is_numbered else reader} WHERE {_HAS_CONTENT}"
-    )
-    fields = f"CASE WHEN is_object THEN json_extract_string(line, [{pointers}]::VARCHAR[]) END"
-    return (
-        f"SELECT source_file, row_number, NOT is_object AS is_broken, "
-        f"CASE WHEN is_object THEN line ELSE to_json(line)::VARCHAR END AS raw_row{values} "
-        f"FROM (SELECT *, {fields} AS fields FROM ({lines}))"
-    )
-
-
-def _pointer(key: str) -> str:
-    """Return the JSON pointer (RFC 6901) of a top-level key."""
-    return "/" + key.replace("~", "~0").replace("/", "~1")
-
-
-def _in_order(reader: str, texts: list[_TextFile]) -> str:
-    """Return files read in order, with each row's place overall and the rows before its file.
-
-    A window without an order numbers rows as they come and makes DuckDB read them one by one.
-    """
-    num_before, before = 0, []
-    for text in texts:
-        before.append(
-            f"({quote_text(text.read_path)}, {quote_text(text.source_file)}, {num_before})"
-        )
-        num_before += text.num_lines
-    return (
-        f"(SELECT row_number() OVER () AS place, * FROM {reader}) AS counted "
-        f"JOIN (VALUES {', '.join(before)}) AS files(read_path, original, num_before) "
-        'ON counted."source file" = files.read_path'
-    )
-
-
-def _numbered_columns(types: dict[str, str]) -> dict[str, SourceColumn]:
-    """Name the columns of the relation `v0`, `v1`, … in the file's order."""
-    return {name: SourceColumn(f"v{i}", type_) for i, (name, type_) in enumerate(types.items())}
-
-
-def _raw_object(names: list[str], expressions: list[str]) -> str:
-    """Return SQL for a whole row as a JSON object."""
-    pairs = zip(names, expressions, strict=True)
-    arguments = ", ".join(f"{quote_text(name)}, {value}" for name, value in pairs)
-    return f"json_object({arguments})::VARCHAR"
-
-
-def _keep_malformed(
-    connection: duckdb.DuckDBPyConnection, file: str, lines: Iterator[MalformedLine]
-) -> None:
-    """Put malformed lines into their table, a chunk at a time."""
-    try:
-        while chunk := list(islice(lines, _CHUNK)):
-            _insert_malformed(connection, file, chunk)
-    except _READ_ERRORS as error:
-        raise unreadable(file, error) from None
-
-
-def _insert_malformed(
-    connection: duckdb.DuckDBPyConnection, file: str, lines: Iterable[MalformedLine]
-) -> None:
-    """Insert lines through Arrow; the raw text becomes a JSON string."""
-    rows = [(line.row_number, line.reason, line.text) for line in lines]
-    numbers, reasons, texts = (pa.array(values) for values in zip(*rows, strict=True))
-    connection.register(
-        "malformed_chunk", pa.table([numbers, reasons, texts], ["n", "reason", "t"])
-    )
-    connection.execute(
-        f"INSERT INTO {MALFORMED_LINES} "
-        "SELECT ?, n, reason, to_json(t)::VARCHAR FROM malformed_chunk",
-        [file],
-    )
-    connection.unregister("malformed_chunk")
-
-
-def _count_mended(connection: duckdb.DuckDBPyConnection, file: str, query: str) -> int:
-    """Count the rows of a mended copy."""
-    try:
-        return _fetch_int(connection, query)
-    except duckdb.Error as error:
-        raise unreadable(file, error) from None
-
-
-def _fetch_int(
-    connection: duckdb.DuckDBPyConnection, query: str, values: list[object] | None = None
-) -> int:
-    """Return the one number that a query answers."""
-    ((number,),) = connection.execute(query, values or []).fetchall()
-    return int(number)
-
-
-def _copy_name(scratch: Path, suffix: str) -> Path:
-    """Return an unused name for a mended copy."""
-    return scratch / f"{len(list(scratch.iterdir())):06}{suffix}"
-
-
-def _list(files: list[str]) -> str:
-    """Return a SQL list of paths; glob characters in a file's own name stay characters."""
-    literal = (re.sub(r"([*?\[])", r"[\1]", file) for file in files)
-    return "[" + ", ".join(quote_text(file) for file in literal) + "]"
-
-
-def unreadable(file: str, error: BaseException) -> PipelineError:
-    """Return the error for a file that is corrupt."""
-    reason = str(error).strip().splitlines()
-    return PipelineError(
-        f"'{file}' cannot be read: {reason[0] if reason else type(error).__name__}",
-        "Check that the file is complete and of the kind that its name says.",
-    )
-
-
-def _empty(path: str) -> PipelineError:
-    """Return the error for a source without a data row."""
-    return PipelineError(f"'{path}' is empty: it holds no data rows.", "Check how it was exported.")

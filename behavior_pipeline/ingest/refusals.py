@@ -9,7 +9,7 @@ import duckdb
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset
-from behavior_pipeline.ingest.readers import Source
+from behavior_pipeline.ingest.sources import Source
 from behavior_pipeline.settings import Settings
 
 _SHOWN_CHARACTERS = 80
