@@ -28,7 +28,7 @@ WITHOUT_UNIT_TESTS = ("--exclude", "test_type:unit")
 """Unit tests check the SQL, not the data: a night need not repeat them."""
 
 _PROGRESS_LINE = re.compile(r"(\d+) of (\d+) (?:OK|PASS|WARN|ERROR|FAIL|SKIP)\w* (.*?)\s*\.*\s*\[")
-_CLOCK = re.compile(r"^\d\d:\d\d:\d\d  ")
+_CLOCK = re.compile(r"^\d\d:\d\d:\d\d\s*")
 _MAX_SHOWN_FAILURES = 3
 
 
@@ -113,8 +113,8 @@ def _failure(lines: list[str]) -> str:
     texts = [_CLOCK.sub("", line) for line in lines]
     starts = [i for i, text in enumerate(texts) if re.match(r"(Failure|\w* ?Error) in ", text)]
     shown = [text for start in starts[:_MAX_SHOWN_FAILURES] for text in texts[start : start + 4]]
-    about = [text for text in shown or texts[-8:] if text.strip()]
-    return "\n".join(("dbt could not build the warehouse:", *about))
+    about = [line for line in shown or texts[-8:] if line.strip() and "compiled code" not in line]
+    return "\n".join(("dbt could not build the warehouse:", *dict.fromkeys(about)))
 
 
 def _environment() -> dict[str, str]:
