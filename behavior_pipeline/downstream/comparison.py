@@ -73,7 +73,7 @@ def compare(
     for task in (churn, propensity, next_action, segments):
         found, scores = measure_task(bench, task, settings, step)
         measures += found
-        if task is churn and scores:
+        if task is churn:
             _write_scores(storage.reports(windows.cutoff), bench.test, scores)
     naive = measure_naive(bench, next_action, storage, settings)
     content = _content(bench, settings, preset, windows, tasks, measures, naive)
@@ -246,7 +246,10 @@ def _difference_columns(measure: Measure, baseline: Measure) -> dict[str, float 
 def _write_scores(
     folder: Path, test: Population, scores: dict[tuple[str, str], list[Floats]]
 ) -> None:
-    """Write every test user's churn score under every representation and probe."""
+    """Write every test user's churn score, one column per representation and probe."""
+    if not scores:
+        (folder / SCORES_FILE).unlink(missing_ok=True)
+        return
     columns: dict[str, Any] = {
         "user_id": test.user_ids,
         "is_churned": pa.array(test.is_churned),

@@ -112,6 +112,7 @@ def map_plot(flat_map: Mapping[str, Any]) -> str:
         for segment in np.unique(segments):
             rows = segments == segment
             _label(axes, float(np.median(x[rows])), float(np.median(y[rows])), int(segment), colors)
+        axes.spines[:].set_visible(False)
         axes.set_xticks([])
         axes.set_yticks([])
 

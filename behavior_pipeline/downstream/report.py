@@ -17,7 +17,7 @@ from behavior_pipeline.downstream import plots, wording
 from behavior_pipeline.downstream.calibration import NUM_BINS
 from behavior_pipeline.downstream.comparison import CALIBRATION_FILE, COMPARISON_FILE
 from behavior_pipeline.downstream.probes import BOOSTING, PENALTIES
-from behavior_pipeline.downstream.representations import REPRESENTATIONS
+from behavior_pipeline.downstream.representations import BASELINE, CONTROLS
 from behavior_pipeline.downstream.segmentation import MAP_FILE, PROFILES_FILE
 from behavior_pipeline.downstream.verdict import (
     HEADLINES,
@@ -38,6 +38,11 @@ REPORT_FILE: Final = "report.html"
 LIFT_PICTURE_FILE: Final = "lift.png"
 TEMPLATE: Final = "report.html.j2"
 MAX_TRAINING_PLOTS: Final = 6
+NO_TRAINING: Final[dict[str, Any]] = dict.fromkeys(
+    ("num_steps", "best_step", "num_parameters", "trained_through")
+)
+COLUMNS: Final = (BASELINE, "embedding", "rfm+embedding", *reversed(CONTROLS))
+"""Representations from left to right: the question first, the controls last."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +132,19 @@ def _context(
         "verdicts": [(verdict, wording.verdict_sentence(verdict)) for verdict in found],
         "signs": wording.SIGNS,
         "controls": wording.control_sentence(found),
+        "naive_sentence": wording.naive_sentence(comparison),
         "left_out": wording.left_out_sentences(comparison),
         "lift_plots": _lift_plots(comparison),
         "score_rows": _headline_rows(comparison),
         "all_rows": _all_rows(comparison),
         "naive": [(row, Score.of(row)) for row in comparison["naive"]],
-        "representations": REPRESENTATIONS,
+        "representations": COLUMNS,
         "profiles": _read(segments / PROFILES_FILE) or [],
         "map_plot": _picture(plots.map_plot(flat_map)) if flat_map else None,
         "flat_map": flat_map,
         "num_colors": plots.NUM_SEGMENT_COLORS,
         "calibration": _calibration(folder),
-        "training": training,
+        "training": NO_TRAINING | training,
         "training_plots": _training_plots(training),
         "light": plots.LIGHT,
         "dark": DARK,

@@ -22,9 +22,9 @@ HEADLINES: Final = (
 TITLES: Final = {
     ("churn", "auroc"): "Churn",
     ("propensity", "auroc"): "Propensity",
-    ("next_action", "accuracy"): "Next action, accuracy",
-    ("next_action", "macro_recall"): "Next action, macro recall",
-    ("segments", "auroc"): "Segments, by churn",
+    ("next_action", "accuracy"): "Next action (accuracy)",
+    ("next_action", "macro_recall"): "Next action (macro recall)",
+    ("segments", "auroc"): "Segments (by churn)",
 }
 
 

@@ -16,7 +16,7 @@ NAMES: Final = {
     "logistic_regression": "logistic regression",
     "gradient_boosting": "gradient boosting",
     "most_frequent": "most frequent type",
-    "most_recent": "most recent type",
+    "most_recent": "user's last type",
     "is_churned": "churned",
     "next_event_type": "next event type",
     "macro": "mean of all targets",
@@ -66,7 +66,7 @@ def headline_sentence(verdicts: Sequence[Verdict]) -> str:
         return "Nothing could be measured on these events."
     by_sign = {
         sign: [
-            verdict.title.split(",")[0].lower()
+            in_words(verdict.task)
             for verdict in tasks
             if verdict.task != "segments" and verdict.lifts["rfm+embedding"].sign == sign
         ]
@@ -110,6 +110,18 @@ def control_sentence(verdicts: Sequence[Verdict]) -> str:
             "training: pretraining has added nothing there."
         )
     return "On every task the embedding scores above the same encoder before training."
+
+
+def naive_sentence(comparison: dict[str, Any]) -> str:
+    """Say what the next action's accuracy is worth without learning anything."""
+    told = [
+        f"{number(row['value'])} with the {in_words(row['predictor'])}"
+        for row in comparison["naive"]
+        if row["metric"] == "accuracy"
+    ]
+    if not told:
+        return ""
+    return f"Predicting the next action without learning is right for a share of {joined(told)}."
 
 
 def left_out_sentences(comparison: dict[str, Any]) -> list[str]:
