@@ -48,9 +48,12 @@ class Estimate:
 
 
 def resample_counts(num_users: int, num_samples: int, seed: int) -> Counts:
-    """Return (S, N) counts: how often each user is drawn in each resample with replacement."""
+    """Return (S, N) counts: how often each user is drawn in each resample with replacement.
+
+    They lie user by user in memory, because metrics pick users, not resamples.
+    """
     generator = np.random.default_rng([seed, num_users])
-    counts = np.empty((num_samples, num_users), dtype=np.uint16)
+    counts = np.empty((num_samples, num_users), dtype=np.uint16, order="F")
     for row in counts:
         drawn = generator.integers(num_users, size=num_users)
         row[:] = np.bincount(drawn, minlength=num_users)
@@ -71,19 +74,20 @@ def weighted_auroc(labels: NDArray[np.bool_], scores: Floats, counts: Counts) ->
     """Return the (S,) areas under the ROC curve for (S, N) weights; NaN without both classes.
 
     The Mann-Whitney form: a positive wins against every negative of a lower score, and half against
-    one of the same score. Users are sorted once; the rest is running sums.
+    one of the same score. Negatives are sorted once; their running weights then tell for each
+    positive what it wins in every resample.
     """
-    order = np.argsort(scores, kind="stable")
-    is_start = np.diff(scores[order], prepend=np.nan) != 0
-    starts = np.flatnonzero(is_start)
-    weights = counts[:, order].astype(np.float64)
-    is_positive = labels[order]
-    positives = np.add.reduceat(weights * is_positive, starts, axis=1)
-    negatives = np.add.reduceat(weights * ~is_positive, starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives
-    wins = (positives * (below + negatives / 2)).sum(axis=1)
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    undefined = np.full(len(wins), np.nan)
+    negatives = np.flatnonzero(~labels)
+    negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+    positives = np.flatnonzero(labels)
+    running = np.zeros((len(negatives) + 1, len(counts)), dtype=np.int32)
+    np.cumsum(counts.T[negatives], axis=0, out=running[1:])
+    below = np.searchsorted(scores[negatives], scores[positives], side="left")
+    not_above = np.searchsorted(scores[negatives], scores[positives], side="right")
+    weights = counts.T[positives].astype(np.float64)
+    wins = np.einsum("ns,ns->s", weights, (running[below] + running[not_above]) / 2)
+    pairs = weights.sum(axis=0) * running[-1]
+    undefined = np.full(len(counts), np.nan)
     return np.asarray(np.divide(wins, pairs, out=undefined, where=pairs > 0))
 
 
