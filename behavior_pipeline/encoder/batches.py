@@ -133,7 +133,7 @@ def pad(
 
 
 def padded_length(lengths: Ints, max_events: int) -> Ints:
-    """Return the length that each length is padded to: 8, 12, 16, 24, 32 and so on"""
+    """Return the length that each length is padded to: 8, 12, 16, 24, 32 and so on."""
     steps = [size for power in range(3, 31) for size in (2**power, 3 * 2 ** (power - 1))]
     allowed = np.array([size for size in steps if size < max_events] + [max_events])
     return allowed[np.searchsorted(allowed, np.minimum(lengths, max_events))]

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from behavior_pipeline.contracts import TOKEN_FIELDS
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.storage import writing_folder
 
 WEIGHTS: Final = "model.safetensors"
@@ -91,33 +92,39 @@ def write_untrained(
         config: shape of the encoder, or the name of a preset.
         seed: decides the weights.
     """
+    facts = read_vocabulary_facts(vocabulary_folder)
     if isinstance(config, str):
-        config = EncoderConfig.named(config, read_field_sizes(vocabulary_folder))
+        config = EncoderConfig.named(config, facts.field_sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(config)
-    content = json.loads((vocabulary_folder / VOCABULARY).read_text())
-    trained_through = datetime.fromisoformat(content["trained_through"])
     about = {"seed": seed, "is_untrained": True, "history": []}
-    return save_checkpoint(encoder, vocabulary_folder, checkpoints_folder, trained_through, about)
+    return save_checkpoint(
+        encoder, vocabulary_folder, checkpoints_folder, facts.trained_through, about
+    )
 
 
 def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
     """Load a checkpoint and verify that its content is what its name says.
 
     Raises:
-        ValueError: if a file is missing, or the content does not match the folder's name.
+        PipelineError: if a file is missing, or the content does not match the folder's name.
     """
     missing = [
         name for name in (WEIGHTS, CONFIG, VOCABULARY, TRAINING) if not (folder / name).is_file()
     ]
     if missing:
-        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}")
+        raise PipelineError(
+            f"{folder} is no checkpoint: it lacks {', '.join(missing)}.", "Train one first."
+        )
     training = json.loads((folder / TRAINING).read_text())
     trained_through = datetime.fromisoformat(training["trained_through"])
     files = {name: (folder / name).read_bytes() for name in _HASHED if (folder / name).is_file()}
     if (found := _content_hash(files, trained_through)) != folder.name:
-        raise ValueError(f"the checkpoint in {folder} was changed: its content has the id {found}")
+        raise PipelineError(
+            f"The checkpoint in {folder} was changed: its content has the id {found}.",
+            "Restore it, or train again; what was embedded with it cannot be trusted.",
+        )
     config = EncoderConfig.from_json(json.loads(files[CONFIG]))
     encoder = Encoder(config)
     encoder.load_state_dict(load(files[WEIGHTS]))
@@ -131,19 +138,40 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
     )
 
 
-def read_field_sizes(vocabulary_folder: Path) -> dict[str, int]:
-    """Return the number of ids per token field, the special ids included.
+@dataclass(frozen=True)
+class VocabularyFacts:
+    """What the encoder needs to know of a vocabulary.
+
+    Attributes:
+        field_sizes: number of ids per token field, the special ids included.
+        vocabulary_id: content hash.
+        trained_through: only events before this were counted.
+    """
+
+    field_sizes: Mapping[str, int]
+    vocabulary_id: str
+    trained_through: datetime
+
+
+def read_vocabulary_facts(vocabulary_folder: Path) -> VocabularyFacts:
+    """Read `vocabulary.json`.
 
     Raises:
-        ValueError: if the folder holds no vocabulary, or a field is missing from it.
+        PipelineError: if the folder holds no vocabulary, or a field is missing from it.
     """
     path = vocabulary_folder / VOCABULARY
     if not path.is_file():
-        raise ValueError(f"there is no {VOCABULARY} in {vocabulary_folder}")
-    fields = json.loads(path.read_text())["fields"]
-    if missing := [name for name in TOKEN_FIELDS if name not in fields]:
-        raise ValueError(f"{path} lacks the fields {', '.join(missing)}")
-    return {name: int(fields[name]["size"]) for name in TOKEN_FIELDS}
+        raise PipelineError(
+            f"There is no {VOCABULARY} in {vocabulary_folder}.", "Build the vocabulary first."
+        )
+    content = json.loads(path.read_text())
+    if missing := [name for name in TOKEN_FIELDS if name not in content["fields"]]:
+        raise PipelineError(f"{path} lacks the fields {', '.join(missing)}.")
+    return VocabularyFacts(
+        field_sizes={name: int(content["fields"][name]["size"]) for name in TOKEN_FIELDS},
+        vocabulary_id=content["vocabulary_id"],
+        trained_through=datetime.fromisoformat(content["trained_through"]),
+    )
 
 
 def _contents(encoder: Encoder, vocabulary_folder: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS, TOKEN_FIELDS
+from behavior_pipeline.errors import PipelineError
 
 PRESETS: Final = ("tiny", "small", "base")
 
@@ -50,7 +51,7 @@ class EncoderConfig:
         """Return the preset `tiny`, `small` or `base` for a vocabulary.
 
         Raises:
-            ValueError: if there is no such preset.
+            PipelineError: if there is no such preset.
         """
         shapes: dict[str, dict[str, Any]] = {
             "tiny": {
@@ -103,7 +104,7 @@ class TrainingConfig:
     preset: str = "small"  # shape of the encoder: tiny, small or base
     seed: int = 0  # every random choice derives from it
     max_steps: int = 400  # optimiser steps at the most
-    batch_tokens: int = 4096  # padded tokens of histories in a step, at the most
+    batch_tokens: int = 3072  # padded tokens of histories in a step, at the most
     learning_rate: float = 1e-3  # at the end of warm-up
     warmup_share: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.05  # of matrices; none on biases, norms and tables
@@ -111,10 +112,10 @@ class TrainingConfig:
     horizon_days: float = 30.0  # how far ahead the readout at a cutoff learns to look
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
     mask_share: float = 0.15  # share of events hidden by the masked-event objective
-    masked_row_share: float = 0.5  # share of a batch's users in the masked-event pass
-    max_future_events: int = 64  # events of a contrastive window after the cutoff
+    masked_row_share: float = 0.25  # share of a batch's users in the masked-event pass
+    max_future_events: int = 48  # events of a contrastive window after the cutoff
     temperature: float = 0.1  # of the contrastive objective
-    num_negatives: int = 512  # sampled values where a vocabulary has more than 2,000
+    num_negatives: int = 256  # sampled values where a vocabulary has more than 2,000
     max_window_targets: int = 512  # lowest ids predicted as a set from a cutoff, per field
     validation_share: float = 0.05  # share of users kept for validation, by a hash of their id
     validate_every: int = 50  # steps between validations
@@ -130,7 +131,7 @@ class TrainingConfig:
         """Return the training that suits the encoder preset of that name; None changes nothing.
 
         Raises:
-            ValueError: if there is no such preset.
+            PipelineError: if there is no such preset.
         """
         _check_preset(name)
         plans: dict[str, dict[str, Any]] = {
@@ -138,8 +139,8 @@ class TrainingConfig:
             "small": {},
             "base": {
                 "max_steps": 10_000, "batch_tokens": 65_536, "learning_rate": 3e-4,
-                "max_future_events": 128, "num_negatives": 4096, "validate_every": 250,
-                "max_validation_users": 4096, "shuffle_users": 131_072,
+                "max_future_events": 128, "masked_row_share": 0.5, "num_negatives": 4096,
+                "validate_every": 250, "max_validation_users": 4096, "shuffle_users": 131_072,
             },
         }  # fmt: skip
         given = {key: value for key, value in changes.items() if value is not None}
@@ -153,4 +154,6 @@ class TrainingConfig:
 def _check_preset(name: str) -> None:
     """Refuse a preset that does not exist."""
     if name not in PRESETS:
-        raise ValueError(f"there is no encoder preset '{name}'; use one of {', '.join(PRESETS)}")
+        raise PipelineError(
+            f"There is no encoder preset '{name}'.", f"Use one of {', '.join(PRESETS)}."
+        )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from behavior_pipeline.contracts import SEQUENCES, TOKEN_FIELDS
 from behavior_pipeline.encoder.history import VISIT_GAP_DAYS
+from behavior_pipeline.errors import PipelineError
 
 MICROSECONDS_A_DAY: Final = 86_400_000_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -79,16 +80,16 @@ def read_table(table: pa.Table, origin: str) -> SequenceTable:
     """Read an Arrow table of the SEQUENCES contract; `origin` names it in messages.
 
     Raises:
-        ValueError: if a column is missing, or the lists of a row differ in length.
+        PipelineError: if a column is missing, or the lists of a row differ in length.
     """
     missing = [name for name in SEQUENCES.schema.names if name not in table.column_names]
     if missing:
-        raise ValueError(f"{origin} is no sequence file: it lacks {', '.join(missing)}")
+        raise PipelineError(f"{origin} is no sequence file: it lacks {', '.join(missing)}.")
     lists = {name: _flat_list(table, name) for name in _LIST_COLUMNS}
     lengths = lists["action_ids"][0]
     for name, (other, _) in lists.items():
         if not np.array_equal(other, lengths):
-            raise ValueError(f"{origin}: the lists of {name} and action_ids differ in length")
+            raise PipelineError(f"{origin}: the lists of {name} and action_ids differ in length.")
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     gap_days = (lists["gap_seconds"][1] / 86_400).astype(np.float32)
     num_events = _integers(table, "num_events")
@@ -139,11 +140,11 @@ def sequence_files(folder: Path) -> list[Path]:
     """Return the Parquet files of a folder in order of name.
 
     Raises:
-        ValueError: if there is none.
+        PipelineError: if there is none.
     """
     files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
     if not files:
-        raise ValueError(f"there is no sequence file (*.parquet) in {folder}")
+        raise PipelineError(f"There is no sequence file (*.parquet) in {folder}.")
     return files
 
 
@@ -203,16 +204,27 @@ def survey(files: Sequence[Path]) -> Survey:
     """Look at the scalar columns of sequence files without reading a list.
 
     Raises:
-        ValueError: if no user has an event, or the files mix cutoffs or vocabularies.
+        PipelineError: if no user has an event, the files mix cutoffs or vocabularies, or an event
+            is not before its cutoff.
     """
-    columns = ["num_events", "first_event_at", "observation_cutoff", "vocabulary_id"]
+    columns = [
+        "num_events", "first_event_at", "last_event_at", "observation_cutoff", "vocabulary_id",
+    ]  # fmt: skip
     table = pa.concat_tables(pq.read_table(path, columns=columns) for path in files)
     table = table.filter(pc.greater(table["num_events"], 0))
     if not len(table):
-        raise ValueError(f"no user in {files[0].parent} has an event")
+        raise PipelineError(f"No user in {files[0].parent} has an event.")
     for name in ("observation_cutoff", "vocabulary_id"):
         if (found := pc.count_distinct(table[name]).as_py()) != 1:
-            raise ValueError(f"the sequences in {files[0].parent} have {found} values of {name}")
+            raise PipelineError(
+                f"The sequences in {files[0].parent} have {found} values of {name}.",
+                "Write them all for one cutoff, with one vocabulary.",
+            )
+    if pc.any(pc.greater_equal(table["last_event_at"], table["observation_cutoff"])).as_py():
+        raise PipelineError(
+            f"A sequence in {files[0].parent} has an event at or after its observation cutoff.",
+            "Write the sequences again.",
+        )
     return Survey(
         num_users=len(table),
         num_events=pc.sum(table["num_events"]).as_py(),

@@ -56,7 +56,7 @@ class TimeEncoding(nn.Module):
 
     def bucket_of(self, days: Tensor) -> Tensor:
         """Return the bucket (same shape, int64) of each time in days."""
-        return torch.bucketize(days, self.edges)
+        return torch.bucketize(days.contiguous(), self.edges)
 
     def forward(self, days: Tensor) -> Tensor:
         """Encode times (...) in days as (..., D)."""
