@@ -101,8 +101,8 @@ def load(
     assert summary.num_accepted + summary.num_quarantined == summary.num_read
     assert summary.num_inserted + summary.num_repeated == summary.num_accepted
     assert sum(summary.reasons.values()) == summary.num_quarantined
-    assert len(quarantine(storage, arrival)) == summary.num_quarantined
-    assert len(events(storage, arrival)) == summary.num_inserted
+    assert _size(storage.quarantine, arrival, "quarantine") == summary.num_quarantined
+    assert _size(storage.events, arrival, "events") == summary.num_inserted
     return summary
 
 
@@ -118,6 +118,10 @@ def events(storage: Storage, arrival: str | None = None) -> list[dict[str, Any]]
 def quarantine(storage: Storage, arrival: str = "history") -> list[dict[str, Any]]:
     """Quarantined rows of an arrival, in the order of its file."""
     return _rows(storage.quarantine / f"arrival={arrival}" / "quarantine.parquet")
+
+
+def _size(parent: Path, arrival: str, name: str) -> int:
+    return int(pq.ParquetFile(parent / f"arrival={arrival}" / f"{name}.parquet").metadata.num_rows)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -157,7 +157,7 @@ def _stage(
     rejected = "false" if is_complete else f"reason IS NOT NULL AND {scope.condition}"
     connection.execute(
         "CREATE TEMP TABLE quarantined AS "
-        "SELECT source_file, row_number, reason, column_name, raw_row "
+        f"SELECT source_file, row_number, reason, column_name, {source.raw_row} AS raw_row "
         f"FROM ({judged}) WHERE {rejected}"
     )
     if scope.day is None:  # a line that is no row has no day

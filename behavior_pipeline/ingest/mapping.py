@@ -63,14 +63,14 @@ def source_columns(mapping: ColumnMapping | TimeMapping | None) -> tuple[str, ..
 def content_text(sources: Sources) -> str:
     """Return SQL for a row's content as one text, the same whatever the format of its file.
 
-    Each value that is there stands as `name:length:text`, in the order of the names. The lengths
+    Each value that is there stands as `name:bytes:text`, in the order of the names. The lengths
     keep unlike rows apart; null and empty values are left out, so that a column that a newer
     export adds without a value changes no row.
     """
     parts = []
     for name in sorted(sources):
         text = _plain_text(sources[name])
-        parts.append(f"{quote_text(name + ':')} || length({text}) || ':' || {text}")
+        parts.append(f"{quote_text(name + ':')} || strlen({text}) || ':' || {text}")
     return f"concat_ws(',', {', '.join(parts)})"
 
 

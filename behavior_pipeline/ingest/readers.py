@@ -68,9 +68,10 @@ def _open_parquet(
     types = {name: type_ for name, type_, *_ in described if name != "source file"}
     columns = number_columns(types)
     values = ", ".join(f"{quote_identifier(name)} AS v{i}" for i, name in enumerate(types))
-    raw = raw_object(list(types), [quote_identifier(name) for name in types])
+    # a column of the file would hide DuckDB's own number of that name
+    number = "NULL::BIGINT" if "file_row_number" in types else "file_row_number + 1"
     rows = (
-        'SELECT "source file" AS source_file, file_row_number + 1 AS row_number, '
-        f"false AS is_broken, {raw} AS raw_row, {values} FROM {reader}"
+        f'SELECT "source file" AS source_file, {number} AS row_number, '
+        f"false AS is_broken, {values} FROM {reader}"
     )
-    return Source(path, columns, num_rows, 0, rows, rows)
+    return Source(path, columns, num_rows, 0, raw_object(columns), rows, rows)

@@ -1,8 +1,7 @@
 """What raw files look like to the rest of the room: one DuckDB relation, whatever their kind.
 
-A relation has `source_file`, `row_number`, `is_broken` (a JSON line that is no object), `raw_row`
-(JSON) and the source's columns as `v0`, `v1`, …: so no name in a file can clash with another or be
-read as SQL.
+A relation has `source_file`, `row_number`, `is_broken` (a JSON line that is no object) and the
+source's columns as `v0`, `v1`, …: so no name in a file can clash with another or be read as SQL.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ class Source:
         columns: by name in the file, in the file's order.
         num_rows: well-formed rows, counted apart from loading.
         num_malformed: lines that are no rows, in the table `malformed_lines`.
+        raw_row: SQL over the relation: the whole row as JSON. Apart, because it costs more than all
+            else and only quarantined rows need it.
         plain_rows: SQL of the relation without row numbers, for parallel reading.
         numbered_rows: the same with row numbers; CSV and JSON are then read in order.
     """
@@ -45,6 +46,7 @@ class Source:
     columns: dict[str, SourceColumn]
     num_rows: int
     num_malformed: int
+    raw_row: str
     plain_rows: str
     numbered_rows: str
 
@@ -54,10 +56,11 @@ def number_columns(types: dict[str, str]) -> dict[str, SourceColumn]:
     return {name: SourceColumn(f"v{i}", type_) for i, (name, type_) in enumerate(types.items())}
 
 
-def raw_object(names: list[str], expressions: list[str]) -> str:
+def raw_object(columns: dict[str, SourceColumn]) -> str:
     """Return SQL for a whole row as a JSON object."""
-    pairs = zip(names, expressions, strict=True)
-    arguments = ", ".join(f"{quote_text(name)}, {value}" for name, value in pairs)
+    arguments = ", ".join(
+        f"{quote_text(name)}, {column.expression}" for name, column in columns.items()
+    )
     return f"json_object({arguments})::VARCHAR"
 
 

@@ -42,6 +42,7 @@ from behavior_pipeline.sql import quote_text
 
 _NO_ROW_NUMBER: Final = "NULL::BIGINT"
 _DELIMITERS: Final = (",", ";", "\t", "|")
+_QUOTE: Final = '"'
 _GZIP_CHUNK: Final = 2**20
 _CHUNK: Final = 10_000  # malformed lines held in Python at once
 _READ_ERRORS: Final = (OSError, EOFError, zlib.error, csv.Error)
@@ -91,7 +92,7 @@ def open_csv(
         for is_numbered in (False, True)
     )
     num_rows = sum(text.num_rows for text in texts)
-    return Source(path, columns, num_rows, num_malformed, plain, numbered)
+    return Source(path, columns, num_rows, num_malformed, raw_object(columns), plain, numbered)
 
 
 def _probe_csv(connection: duckdb.DuckDBPyConnection, file: str, scratch: Path) -> _TextFile:
@@ -143,8 +144,9 @@ def _csv_reader(files: list[str], num_columns: int, delimiter: str) -> str:
     """Return the SQL call that reads CSV files as the text columns `c0`, `c1` and so on."""
     columns = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(num_columns))
     return (
-        f"read_csv({sql_list(files)}, delim = {quote_text(delimiter)}, quote = '\"', escape = '\"', "
-        f"header = true, auto_detect = false, filename = 'source file', columns = {{{columns}}})"
+        f"read_csv({sql_list(files)}, delim = {quote_text(delimiter)}, header = true, "
+        f"quote = '{_QUOTE}', escape = '{_QUOTE}', auto_detect = false, "
+        f"filename = 'source file', columns = {{{columns}}})"
     )
 
 
@@ -158,11 +160,10 @@ def _csv_rows(group: list[_TextFile], names: list[str], is_numbered: bool) -> st
     values = ", ".join(
         f"{place.get(name, 'NULL::VARCHAR')} AS v{i}" for i, name in enumerate(names)
     )
-    raw = raw_object(list(header), list(place.values()))
     row_number = "c0::BIGINT" if is_mended else _NO_ROW_NUMBER
     rows = (
         f"SELECT {{file}} AS source_file, {{number}} AS row_number, false AS is_broken, "
-        f"{raw} AS raw_row, {values} FROM {{reader}}"
+        f"{values} FROM {{reader}}"
     )
     if not is_numbered:
         return rows.format(file='"source file"', number=row_number, reader=reader)
@@ -186,8 +187,9 @@ def open_jsonl(
         _json_rows(texts, reader, names, is_numbered) for is_numbered in (False, True)
     )
     columns = number_columns(dict.fromkeys(names, "VARCHAR"))
+    raw_row = "CASE WHEN is_broken THEN to_json(line)::VARCHAR ELSE line END"
     num_rows = sum(text.num_rows for text in texts)
-    return Source(path, columns, num_rows, num_malformed, plain, numbered)
+    return Source(path, columns, num_rows, num_malformed, raw_row, plain, numbered)
 
 
 def _probe_lines(connection: duckdb.DuckDBPyConnection, file: str, scratch: Path) -> _TextFile:
@@ -211,8 +213,8 @@ def _probe_lines(connection: duckdb.DuckDBPyConnection, file: str, scratch: Path
 def _line_reader(files: list[str]) -> str:
     """Return the SQL call that reads texts as one column `line`."""
     return (
-        f"read_csv({sql_list(files)}, delim = {quote_text(LINE_DELIMITER)}, quote = '', escape = '', "
-        "header = false, auto_detect = false, filename = 'source file', "
+        f"read_csv({sql_list(files)}, delim = {quote_text(LINE_DELIMITER)}, quote = '', "
+        "escape = '', header = false, auto_detect = false, filename = 'source file', "
         "columns = {'line': 'VARCHAR'})"
     )
 
@@ -231,7 +233,7 @@ def _json_rows(texts: list[_TextFile], reader: str, names: list[str], is_numbere
     fields = f"CASE WHEN is_object THEN json_extract_string(line, [{pointers}]::VARCHAR[]) END"
     return (
         f"SELECT source_file, row_number, NOT is_object AS is_broken, "
-        f"CASE WHEN is_object THEN line ELSE to_json(line)::VARCHAR END AS raw_row{values} "
+        f"line{values} "
         f"FROM (SELECT *, {fields} AS fields FROM ({lines}))"
     )
 

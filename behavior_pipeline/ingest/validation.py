@@ -50,7 +50,7 @@ class Rule:
 def judged_rows(columns: Columns, sources: Sources, rows: str) -> str:
     """Return SQL of canonical rows with `reason` and `column_name`, null for a good row.
 
-    Beside the canonical columns (without `ingested_at`) stand source_file, row_number, raw_row.
+    Beside the canonical columns (without `ingested_at`) stand the columns of the relation.
     """
     checks = rules(columns, sources)
     reason = _first_broken(checks, [rule.reason for rule in checks])
