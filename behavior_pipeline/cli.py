@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Raw behavioural events become one embedding per user, every night.",
 )
-console = Console()
+console = Console(file=sys.stdout)  # stays where it is when a step redirects what others print
 errors = Console(stderr=True)
 
 P = ParamSpec("P")

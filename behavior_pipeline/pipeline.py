@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.ingest.load import events_span
+from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.ingest.presets import Preset, load_preset
 from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage, make_private_folder

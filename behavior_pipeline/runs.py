@@ -21,7 +21,7 @@ from rich.console import Console
 
 from behavior_pipeline.encoder.live import checkpoint_folder
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.ingest.load import events_span
+from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
 from behavior_pipeline.settings import load_settings
 from behavior_pipeline.storage import Storage, make_private_folder, remove_leftovers
@@ -149,7 +149,7 @@ def _execute(
     """Run in this process, with one line per step."""
     from behavior_pipeline.definitions import defs  # noqa: PLC0415 - loads every stage
 
-    definition = defs().get_job_def(job)  # type: ignore[operator]
+    definition = defs().resolve_job_def(job)  # type: ignore[operator]
     terminal = Terminal(console)
     set_active(terminal)
     with terminal.progress:

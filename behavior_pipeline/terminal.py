@@ -32,7 +32,13 @@ class Terminal:
 
     def finish_step(self, name: str, seconds: float, figures: str) -> None:
         """Print the line of a step that has ended well."""
-        self.console.print(f"[green]✓[/] {name:<24} {seconds:6.1f} s  [dim]{figures}[/]", highlight=False)
+        line = f"[green]✓[/] {name:<24} {seconds:6.1f} s  [dim]{figures}[/]"
+        self.console.print(line, highlight=False, no_wrap=True, overflow="ellipsis", crop=False)
+
+    def show_failed_check(self, name: str, found: str, *, is_blocking: bool) -> None:
+        """Print the line of a check that did not pass."""
+        mark = "[red]✗ held back by" if is_blocking else "[yellow]! check"
+        self.console.print(f"{mark}[/] {name}  [dim]{found}[/]", highlight=False, soft_wrap=True)
 
 
 _active: Terminal | None = None

@@ -1,18 +1,212 @@
 """Asset checks; blocking wherever a leak or a hole would pass on to what comes after."""
 
-from __future__ import annotations
-
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from behavior_pipeline.contracts import COLD_START_USER
+from behavior_pipeline.contracts import Contract, EVENTS_SESSIONIZED, USER_RFM
+from behavior_pipeline.defs.ingest import HISTORY
 from behavior_pipeline.defs.partitions import nights
-from behavior_pipeline.defs.resources import Night, PipelineResource
-from behavior_pipeline.embeddings.statistics import EmbeddingStatistics, summarise_embeddings
-from behavior_pipeline.encoder.live import checkpoint_folder
+from behavior_pipeline.defs.resources import Night, PipelineResource, partition_key_of
+from behavior_pipeline.embeddings.statistics import EmbeddingStatistics, summarize_embeddings
+from behavior_pipeline.encoder.live import LIVE, checkpoint_folder
+from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.verify import verify_published
-from behavior_pipeline.storage import read_json
-from behavior_pipeline.windows import parse_timestamp
+from behavior_pipeline.ingest.arrivals import (
+    EVENTS_FILE,
+    LOAD_FILE,
+    QUARANTINE_FILE,
+    arrival_folder,
+)
+from behavior_pipeline.storage import Storage, read_json
+
+MAX_COLD_START_SHARE = 0.5  # more users without a usable event mean that a source went wrong
+
+
+@dg.asset_check(asset="historical_events", blocking=True)
+def is_history_whole(pipeline: PipelineResource) -> dg.AssetCheckResult:
+    """Every row read is accepted or in quarantine."""
+    return _is_whole(pipeline.open().storage, HISTORY)
+
+
+@dg.asset_check(asset="arrived_events", blocking=True, partitions_def=nights)
+def is_arrival_whole(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """Every row read is accepted or in quarantine."""
+    return _is_whole(pipeline.open().storage, partition_key_of(context))
+
+
+@dg.asset_check(asset="marts", blocking=True, partitions_def=nights)
+def are_features_before_the_cutoff(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """No feature of a user was taken from an event at or after its cutoff."""
+    night = Night(context, pipeline)
+    latest = {
+        f"{cutoff:%Y-%m-%d}": _latest(night.pipeline.storage.marts(cutoff) / "user_rfm.parquet")
+        for cutoff in night.windows.cutoffs
+    }
+    leaks = [day for day, last in latest.items() if last is not None and f"{last:%Y-%m-%d}" >= day]
+    return dg.AssetCheckResult(
+        passed=not leaks,
+        metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
+    )
+
+
+@dg.asset_check(asset="marts", blocking=True, partitions_def=nights)
+def are_schemas_as_agreed(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """The exported marts have the columns and types of their contracts."""
+    night = Night(context, pipeline)
+    storage = night.pipeline.storage
+    broken = [
+        contract.name
+        for folder, contract in (
+            (storage.events_sessionized, EVENTS_SESSIONIZED),
+            (storage.marts(night.cutoff) / "user_rfm.parquet", USER_RFM),
+        )
+        if not _has_schema(folder, contract)
+    ]
+    return dg.AssetCheckResult(passed=not broken, metadata={"broken": broken})
+
+
+@dg.asset_check(asset="sequences", blocking=True, partitions_def=nights)
+def is_checkpoint_older_than_train_cutoff(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """Encoder and vocabulary know nothing at or after the cutoff where probes are trained."""
+    night = Night(context, pipeline)
+    folder = checkpoint_folder(night.pipeline.storage.checkpoints)
+    trained_through = datetime.fromisoformat(read_json(folder / "training.json")["trained_through"])
+    train_cutoff = night.windows.train_cutoff
+    return dg.AssetCheckResult(
+        passed=trained_through <= train_cutoff,
+        metadata={"trained_through": str(trained_through), "train_cutoff": str(train_cutoff)},
+    )
+
+
+@dg.asset_check(asset="user_embeddings", blocking=True, partitions_def=nights)
+def are_embeddings_sound(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """Finite, not zero, not constant, of one checkpoint and one cutoff, one for every user."""
+    night = Night(context, pipeline)
+    storage = night.pipeline.storage
+    found = summarize_embeddings(storage.embeddings(night.cutoff))
+    expected = ds.dataset(storage.sequences(night.cutoff), format="parquet").count_rows()
+    live = checkpoint_folder(storage.checkpoints, LIVE).name
+    faults = embedding_faults(found, expected, live, night.cutoff)
+    return dg.AssetCheckResult(
+        passed=not faults,
+        metadata={
+            "faults": faults,
+            "num_users": found.num_users,
+            "num_cold_start": found.num_cold_start,
+            "effective_rank": found.effective_rank,
+            "norm_quantiles": {f"{share:g}": norm for share, norm in found.norm_quantiles.items()},
+        },
+    )
+
+
+@dg.asset_check(asset="published_embeddings", blocking=True, partitions_def=nights)
+def is_read_back_equal(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """What Feast serves equals the Parquet files bit for bit, for up to 1,000 users."""
+    night = Night(context, pipeline)
+    served = read_published(night.pipeline.storage)["user_embedding"].online_cutoff
+    if served != f"{night.cutoff:%Y-%m-%d}":
+        note = f"the newer cutoff {served} is served; this one joined the history"
+        return dg.AssetCheckResult(passed=True, metadata={"note": note})
+    outcome = verify_published(night.pipeline.storage, night.cutoff)
+    return dg.AssetCheckResult(
+        passed=outcome.num_equal == outcome.num_users > 0,
+        metadata={
+            "num_users": outcome.num_users,
+            "num_equal": outcome.num_equal,
+            "mismatches": list(outcome.mismatches),
+        },
+    )
+
+
+@dg.asset_check(asset="comparison", partitions_def=nights)
+def is_embedding_above_random(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """The embedding beats random vectors on churn under logistic regression."""
+    night = Night(context, pipeline)
+    content = read_json(night.pipeline.storage.reports(night.cutoff) / "comparison.json")
+    values = churn_values(content)
+    is_measured = {"embedding", "random"} <= set(values)
+    return dg.AssetCheckResult(
+        passed=is_measured and values["embedding"] > values["random"],
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata=dict(values),
+    )
+
+
+def embedding_faults(
+    found: EmbeddingStatistics, num_expected: int, checkpoint_id: str, cutoff: datetime
+) -> list[str]:
+    """Name what is wrong with a folder of embeddings; nothing if it may be published."""
+    faults = {
+        f"{found.num_users} users, {num_expected} expected": found.num_users != num_expected,
+        f"{found.num_not_finite} vectors with a NaN or infinity": found.num_not_finite > 0,
+        f"{found.num_zero_vectors} vectors of zeros": found.num_zero_vectors > 0,
+        "all vectors are equal": found.num_users > 1 and found.effective_rank == 0,
+        f"checkpoints {found.checkpoint_ids}": found.checkpoint_ids != (checkpoint_id,),
+        f"cutoffs {found.cutoffs}": found.cutoffs != (cutoff,),
+        f"{found.num_cold_start} cold-start users": (
+            found.num_cold_start > MAX_COLD_START_SHARE * max(found.num_users, 1)
+        ),
+    }
+    return [fault for fault, is_present in faults.items() if is_present]
+
+
+def churn_values(comparison: dict[str, Any]) -> dict[str, float]:
+    """Return the churn AUROC of each representation under logistic regression."""
+    return {
+        row["representation"]: row["value"]
+        for row in comparison["results"]
+        if row["task"] == "churn" and row["probe"] == "logistic_regression"
+    }
+
+
+def _is_whole(storage: Storage, arrival: str) -> dg.AssetCheckResult:
+    """Count the rows on disk, apart from what the loader summed up."""
+    events = arrival_folder(storage.events, arrival)
+    quarantine = arrival_folder(storage.quarantine, arrival)
+    recorded = read_json(events / LOAD_FILE)
+    num_events = ds.dataset(events / EVENTS_FILE).count_rows()
+    num_quarantined = ds.dataset(quarantine / QUARANTINE_FILE).count_rows()
+    num_kept = num_events + recorded["num_repeated"] + num_quarantined
+    return dg.AssetCheckResult(
+        passed=recorded["num_read"] == num_kept,
+        metadata={
+            "num_read": recorded["num_read"],
+            "num_events_on_disk": num_events,
+            "num_quarantined_on_disk": num_quarantined,
+            "num_repeated": recorded["num_repeated"],
+        },
+    )
+
+
+def _latest(mart: Path) -> datetime | None:
+    """Return the time of the latest event behind a mart."""
+    column = ds.dataset(mart, format="parquet").to_table(columns=["last_qualifying_at"])
+    latest: datetime | None = pc.max(column["last_qualifying_at"]).as_py()
+    return latest
+
+
+def _has_schema(folder: Path, contract: Contract) -> bool:
+    """Tell whether a mart has exactly the contract's columns and types."""
+    found = ds.dataset(folder, format="parquet").schema
+    return [(field.name, field.type) for field in found] == [
+        (field.name, field.type) for field in contract.schema
+    ]

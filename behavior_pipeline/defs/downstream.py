@@ -1,12 +1,10 @@
 """Stage 6 in Dagster: scores, segments, the comparison and its report."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from behavior_pipeline.contracts import PREDICTIONS, SEGMENTS
 from behavior_pipeline.defs.metadata import contract_metadata, picture, row_count
-from behavior_pipeline.defs.partitions import nights
+from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, now
 from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.downstream.comparison import compare, headline
@@ -19,6 +17,7 @@ from behavior_pipeline.downstream.segmentation import segment
     group_name="downstream",
     deps=["user_embeddings", "evaluation_embeddings", "marts"],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"scikitlearn"},
     metadata=contract_metadata(PREDICTIONS),
 )
@@ -43,6 +42,7 @@ def predictions(
     group_name="downstream",
     deps=["user_embeddings", "marts"],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"scikitlearn"},
     metadata=contract_metadata(SEGMENTS),
 )
@@ -68,6 +68,7 @@ def segments(
     group_name="downstream",
     deps=["evaluation_embeddings", "marts"],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"scikitlearn"},
 )
 def comparison(
@@ -90,6 +91,7 @@ def comparison(
     group_name="downstream",
     deps=[comparison, segments, predictions],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"html"},
 )
 def report(

@@ -1,13 +1,12 @@
 """Stage 4 in Dagster: nightly embeddings, and those that the comparison needs."""
 
-from __future__ import annotations
-
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import dagster as dg
 
 from behavior_pipeline.defs.metadata import row_count
-from behavior_pipeline.defs.partitions import ENCODER, nights
+from behavior_pipeline.defs.partitions import ENCODER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, now
 from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
@@ -18,6 +17,7 @@ from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
     group_name="embeddings",
     deps=["sequences", "checkpoint"],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"pytorch", "parquet"},
     pool=ENCODER,
     freshness_policy=dg.FreshnessPolicy.cron(
@@ -45,6 +45,7 @@ def user_embeddings(
     group_name="embeddings",
     deps=["sequences", "checkpoint", "untrained_checkpoint", user_embeddings],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"pytorch", "parquet"},
     pool=ENCODER,
 )
@@ -74,12 +75,24 @@ def _embed(
     """Embed everyone at a cutoff with the checkpoint of a role."""
     storage = night.pipeline.storage
     is_live = role == LIVE
+    states = storage.states(cutoff) if is_live else storage.control_states(cutoff)
     return embed_sequences(
         storage.sequences(cutoff),
         checkpoint_folder(storage.checkpoints, role),
-        storage.states(cutoff) if is_live else storage.control_states(cutoff),
+        states,
         storage.embeddings(cutoff) if is_live else storage.control_embeddings(cutoff),
         cutoff,
         written_at=now(),
+        previous_states_folder=newest_states(states),
+        threads=night.pipeline.settings.threads,
         report=report_to(context, f"embedding at {cutoff:%Y-%m-%d} ({role})"),
     )
+
+
+def newest_states(states: Path) -> Path | None:
+    """Return the states to start from: those of this cutoff, else of the newest one before it.
+
+    A user untouched since then keeps the state, and costs no pass of the transformer.
+    """
+    known = [folder for folder in states.parent.glob("cutoff=*") if folder.name <= states.name]
+    return max(known, key=lambda folder: folder.name, default=None)

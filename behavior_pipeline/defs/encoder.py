@@ -1,7 +1,5 @@
 """Stage 3 in Dagster: the checkpoint and its untrained control."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import dagster as dg
@@ -9,19 +7,21 @@ import dagster as dg
 from behavior_pipeline.defs.partitions import ENCODER
 from behavior_pipeline.defs.resources import PipelineResource
 from behavior_pipeline.defs.loggers import report_to
+from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.checkpoints import write_untrained
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, point_to
-from behavior_pipeline.encoder.train import TrainingConfig, train
+from behavior_pipeline.encoder.train import train
 from behavior_pipeline.pipeline import Pipeline
 
 
 def training_config(opened: Pipeline) -> TrainingConfig:
     """Return how this installation trains."""
     settings = opened.settings
-    return TrainingConfig(
-        preset=settings.encoder_preset,
+    return TrainingConfig.named(
+        settings.encoder_preset,
         max_steps=settings.max_training_steps,
         seed=settings.seed,
+        horizon_days=float(opened.preset.tasks.horizon_days),
         threads=settings.threads,
     )
 
@@ -64,7 +64,9 @@ def untrained_checkpoint(pipeline: PipelineResource) -> dg.MaterializeResult[Non
     """The same architecture with random weights: a strong control, always printed."""
     opened = pipeline.open()
     storage = opened.storage
-    config = training_config(opened)
-    folder = write_untrained(storage.vocabulary, storage.checkpoints, config.preset, config.seed)
+    settings = opened.settings
+    folder = write_untrained(
+        storage.vocabulary, storage.checkpoints, settings.encoder_preset, settings.seed
+    )
     point_to(storage.checkpoints, UNTRAINED, folder.name)
     return dg.MaterializeResult(metadata={"checkpoint_id": folder.name})

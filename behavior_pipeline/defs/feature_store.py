@@ -1,13 +1,11 @@
 """Stage 5 in Dagster: publishing a night to Feast, view by view."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import dagster as dg
 
 from behavior_pipeline.defs.metadata import row_count
-from behavior_pipeline.defs.partitions import nights
+from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource
 from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.feature_store.publish import publish_view
@@ -34,6 +32,7 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
         group_name="feature_store",
         deps=[source],
         partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
         kinds={"feast", "sqlite"},
         pool=FEATURE_STORE_WRITER,
         freshness_policy=ON_TIME,

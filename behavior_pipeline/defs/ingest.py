@@ -1,7 +1,5 @@
 """Stage 0 in Dagster: raw files, the history, nightly arrivals."""
 
-from __future__ import annotations
-
 from datetime import date
 from typing import Any
 
@@ -9,10 +7,11 @@ import dagster as dg
 
 from behavior_pipeline.contracts import CANONICAL_EVENTS
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
-from behavior_pipeline.defs.partitions import DUCKDB_WRITER, nights
+from behavior_pipeline.defs.partitions import DUCKDB_WRITER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import PipelineResource, now, partition_key_of
 from behavior_pipeline.defs.loggers import report_to
-from behavior_pipeline.ingest.load import LoadSummary, load_arrival
+from behavior_pipeline.ingest.arrivals import LoadSummary
+from behavior_pipeline.ingest.load import load_arrival
 from behavior_pipeline.ingest.simulator import simulate
 from behavior_pipeline.pipeline import SIMULATED
 
@@ -67,6 +66,7 @@ def historical_events(
     group_name="ingest",
     deps=[raw_events, historical_events],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"duckdb", "parquet"},
     pool=DUCKDB_WRITER,
     metadata=contract_metadata(CANONICAL_EVENTS),

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from behavior_pipeline.progress import Report, log_report
-from behavior_pipeline.terminal import active
+from behavior_pipeline.terminal import Terminal, active
 
 SHOWN_METADATA = 3  # figures beside a finished step
 
@@ -30,21 +30,33 @@ class _TerminalHandler(logging.Handler):
     """Turns Dagster's events into lines of the active terminal."""
 
     def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._figures: dict[str, str] = {}
+        super().__init__(logging.DEBUG)  # Dagster writes its events at this level
+        self._figures: dict[str, str] = {}  # of each step that materialized something
 
     def emit(self, record: logging.LogRecord) -> None:
         event: dg.DagsterEvent | None = getattr(record, "dagster_meta", {}).get("dagster_event")
         terminal = active()
         if terminal is None or event is None or event.step_key is None:
             return
-        if event.event_type == dg.DagsterEventType.STEP_START:
+        kind = event.event_type
+        if kind == dg.DagsterEventType.STEP_START:
             terminal.show_step(event.step_key)
-        elif event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION:
+        elif kind == dg.DagsterEventType.ASSET_MATERIALIZATION:
             self._figures[event.step_key] = _figures(event)
-        elif event.event_type == dg.DagsterEventType.STEP_SUCCESS:
+        elif kind == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            _show_failed_check(terminal, event)
+        elif kind == dg.DagsterEventType.STEP_SUCCESS and event.step_key in self._figures:
             seconds = event.step_success_data.duration_ms / 1000
-            terminal.finish_step(event.step_key, seconds, self._figures.get(event.step_key, ""))
+            terminal.finish_step(event.step_key, seconds, self._figures[event.step_key])
+
+
+def _show_failed_check(terminal: Terminal, event: dg.DagsterEvent) -> None:
+    """Print a line for a check that did not pass; those that did are silent."""
+    evaluation = event.asset_check_evaluation_data
+    if not evaluation.passed:
+        found = {name: value.value for name, value in evaluation.metadata.items()}
+        name = f"{evaluation.asset_key.to_user_string()}: {evaluation.check_name}"
+        terminal.show_failed_check(name, str(found), is_blocking=evaluation.blocking)
 
 
 def _figures(event: dg.DagsterEvent) -> str:
@@ -66,7 +78,7 @@ def _short(value: Any) -> str:
 @dg.logger(description="One line per step, for a person at a terminal.")
 def terminal_logger(_context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger that runs started on the command line use."""
-    logger = logging.Logger("behavior_pipeline.terminal", logging.INFO)
+    logger = logging.Logger("behavior_pipeline.terminal", logging.DEBUG)
     logger.addHandler(_TerminalHandler())
     return logger
 

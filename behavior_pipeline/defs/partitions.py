@@ -8,6 +8,9 @@ from behavior_pipeline.settings import load_settings
 
 nights = dg.DailyPartitionsDefinition(start_date=load_settings().partitions_start)
 
+ONE_NIGHT_A_RUN = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
+"""A backfill of many nights is one run a night."""
+
 DUCKDB_WRITER = "duckdb_writer"
 """Pool of the steps that write a DuckDB file or the events: one at a time (see `dagster.yaml`)."""
 

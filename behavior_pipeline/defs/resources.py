@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster_dbt import DbtCliResource
 from pydantic import Field
 
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
+from behavior_pipeline.warehouse.build import DBT_PROJECT
 from behavior_pipeline.windows import EvaluationWindows, cutoff_of
 
 
@@ -53,5 +57,15 @@ def now() -> datetime:
 
 @dg.definitions
 def resources() -> dg.Definitions:
-    """Bind the resources; tests bind their own."""
-    return dg.Definitions(resources={"pipeline": PipelineResource()}, executor=dg.in_process_executor)
+    """Bind the resources, and run the steps of a run one after another in its own process.
+
+    Alone in its module: folder loading ignores whatever stands beside such a function.
+    """
+    dbt = DbtCliResource(
+        project_dir=str(DBT_PROJECT),
+        profiles_dir=str(DBT_PROJECT),
+        dbt_executable=str(Path(sys.executable).with_name("dbt")),  # the environment's own
+    )
+    return dg.Definitions(
+        resources={"pipeline": PipelineResource(), "dbt": dbt}, executor=dg.in_process_executor
+    )

@@ -1,7 +1,5 @@
 """Jobs and their schedules: `nightly` at 02:00, `pretraining` on Sundays."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import dagster as dg

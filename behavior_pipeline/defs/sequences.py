@@ -1,14 +1,12 @@
 """Stage 2 in Dagster: the vocabulary and the token sequences."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import dagster as dg
 
 from behavior_pipeline.contracts import SEQUENCES
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
-from behavior_pipeline.defs.partitions import nights
+from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource
 from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.encoder.live import checkpoint_folder
@@ -72,6 +70,7 @@ def training_sequences(
     group_name="sequences",
     deps=["marts", "checkpoint"],
     partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"polars", "parquet"},
     metadata=contract_metadata(SEQUENCES),
 )
