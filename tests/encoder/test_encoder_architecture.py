@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from encoder_builders import SIZES
+
+from behavior_pipeline.contracts import MASK_ID, PAD_ID
+from behavior_pipeline.encoder.architecture import NUM_SCALARS, Encoder
+from behavior_pipeline.encoder.batches import EventBatch
+from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.embedder import EventEmbedder, hide
+from behavior_pipeline.encoder.history import (
+    HISTORY_SCALARS,
+    SILENCE_SCALARS,
+    history_scalars,
+    silence_scalars,
+)
+from behavior_pipeline.encoder.time_encoding import TimeEncoding, log_bucket_edges
+
+ACTIONS = torch.tensor([[1, 2, 3, 5, 1, 6, 2, 5]])
+PROPERTIES = torch.tensor([[12, 45, 45, 45, 8, 3, 22, 22]])
+GAPS = torch.tensor([[0.0, 0.1, 0.5, 1.2, 3.0, 3.1, 7.0, 7.5]])
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig.named("tiny", {**SIZES, "category": 50})).eval()
+
+
+def random_batch(lengths: list[int], columns: int, seed: int = 0) -> EventBatch:
+    generator = torch.Generator().manual_seed(seed)
+    valid = torch.arange(columns) < torch.tensor(lengths)[:, None]
+    ids = {
+        field: torch.randint(4, size, valid.shape, generator=generator) * valid
+        for field, size in SIZES.items()
+        if size > 4
+    }
+    gaps = torch.rand(valid.shape, generator=generator) * 5 * valid
+    return EventBatch.from_tensors(ids, gaps, torch.rand(len(lengths)) * 30, None)
+
+
+def padded(batch: EventBatch, extra: int) -> EventBatch:
+    def widen(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values, (0, extra))
+
+    ids = {field: widen(values) for field, values in batch.ids.items()}
+    return replace(batch, ids=ids, gap_days=widen(batch.gap_days))
+
+
+def test_the_call_of_the_model_card_works(encoder):
+    outputs = encoder(ACTIONS, PROPERTIES, GAPS)
+    assert outputs["embedding"].shape == (1, encoder.embedding_width)
+    assert outputs["state"].shape == (1, encoder.state_width)
+    assert outputs["hidden"].shape == (1, 8, encoder.config.width)
+    assert torch.isfinite(outputs["embedding"]).all()
+
+
+def test_base_has_the_parameters_of_beat():
+    sizes = {**SIZES, "action": 20, "item": 5004, "category": 200, "location": 60}
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig.named("base", sizes))
+    parts = (encoder.embedder, encoder.blocks, encoder.final_norm)
+    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert count == pytest.approx(86e6, rel=0.02)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding_changes_nothing(encoder, is_causal):
+    batch = random_batch([3, 7, 12], 12)
+    with torch.no_grad():
+        plain = encoder.hidden_states(batch, is_causal=is_causal)
+        wide = encoder.hidden_states(padded(batch, 9), is_causal=is_causal)
+        states = encoder.encode_state(batch), encoder.encode_state(padded(batch, 9))
+    for row, length in enumerate((3, 7, 12)):
+        torch.testing.assert_close(plain[row, :length], wide[row, :length], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
+def test_the_causal_pass_sees_no_future_and_the_other_does(encoder):
+    batch = random_batch([12], 12)
+    ids = {field: values.clone() for field, values in batch.ids.items()}
+    for values in ids.values():
+        values[:, 8:] = 4 + (values[:, 8:] - 3) % 3
+    gaps = batch.gap_days.clone()
+    gaps[:, 8:] += 11
+    changed = replace(batch, ids=ids, gap_days=gaps)
+    with torch.no_grad():
+        before, after = encoder.hidden_states(batch), encoder.hidden_states(changed)
+        torch.testing.assert_close(before[:, :8], after[:, :8], atol=1e-6, rtol=1e-6)
+        assert (before[:, 8:] - after[:, 8:]).abs().max() > 1e-2
+        both_ways = [encoder.hidden_states(b, is_causal=False)[:, :8] for b in (batch, changed)]
+    assert (both_ways[0] - both_ways[1]).abs().max() > 1e-2
+
+
+def test_silence_changes_the_embedding_and_not_the_state(encoder):
+    one, sixty = (
+        encoder(ACTIONS, PROPERTIES, GAPS, silence_days=torch.tensor([days]))
+        for days in (1.0, 60.0)
+    )
+    torch.testing.assert_close(one["state"], sixty["state"], atol=0, rtol=0)
+    learned = (one["embedding"] - sixty["embedding"])[:, NUM_SCALARS:]
+    assert learned.abs().max() > 0.1
+
+
+def test_silence_is_readable_from_its_own_dimension(encoder):
+    place = len(HISTORY_SCALARS) + SILENCE_SCALARS.index("silence")
+    embedding = encoder(ACTIONS, PROPERTIES, GAPS, silence_days=torch.tensor([29.0]))["embedding"]
+    assert embedding[0, place].item() == pytest.approx(math.log(30) / 3, abs=1e-6)
+
+
+def test_no_and_one_event_work_and_no_event_gives_the_prior(encoder):
+    prior = torch.arange(encoder.embedding_width).float()
+    encoder.set_prior(prior)
+    batch = random_batch([0, 1], 6)
+    with torch.no_grad():
+        embedding = encoder.readout(encoder.encode_state(batch), batch.silence_days)
+    assert torch.equal(embedding[0], prior)
+    assert torch.equal(encoder.prior(), prior)
+    assert torch.isfinite(embedding).all()
+    assert not torch.equal(embedding[1], prior)
+
+
+def test_a_field_of_padding_contributes_nothing():
+    torch.manual_seed(0)
+    embedder = EventEmbedder(EncoderConfig.named("tiny", SIZES)).eval()
+    actions, gaps = torch.tensor([[4, 5]]), torch.tensor([[0.0, 2.0]])
+    nothing = {field: torch.full((1, 2), PAD_ID) for field in SIZES if field != "action"}
+    with torch.no_grad():
+        alone = embedder({"action": actions}, gaps)
+        with_nothing = embedder({"action": actions, **nothing}, gaps)
+    assert torch.equal(alone, with_nothing)
+
+
+def test_an_id_beyond_the_table_counts_as_unknown(encoder):
+    far = encoder(torch.tensor([[500]]), torch.tensor([[500]]), torch.zeros(1, 1))
+    unknown = encoder(torch.tensor([[1]]), torch.tensor([[1]]), torch.zeros(1, 1))
+    assert torch.equal(far["embedding"], unknown["embedding"])
+
+
+def test_hiding_masks_every_field_an_event_has():
+    ids = {"action": torch.tensor([[4, 5]]), "item": torch.tensor([[0, 9]])}
+    hidden = hide(ids, torch.tensor([[True, True]]))
+    assert hidden["action"].tolist() == [[MASK_ID, MASK_ID]]
+    assert hidden["item"].tolist() == [[PAD_ID, MASK_ID]]
+
+
+def test_shapes_that_do_not_agree_are_refused(encoder):
+    with pytest.raises(ValueError, match="time_gaps"):
+        encoder(ACTIONS, PROPERTIES, GAPS[:, :3])
+    with pytest.raises(ValueError, match="at least 1"):
+        encoder(ACTIONS[:, :0], PROPERTIES[:, :0], GAPS[:, :0])
+
+
+def test_history_scalars_by_hand():
+    # Visits on days 0, 2 and 42, two events on the second; 3 events, 10 days, 2 visits before.
+    gaps = torch.tensor([[1.0, 2.0, 0.25, 40.0, 0.0]])
+    columns = history_scalars(gaps, torch.tensor([4]), torch.tensor([[3.0, 10.0, 2.0]]))[0]
+    values = dict(zip(HISTORY_SCALARS, torch.expm1(columns * 3).tolist(), strict=True))
+    assert values == pytest.approx(
+        {
+            "num_events": 7,
+            "tenure": 10 + 42.25,
+            "num_visits": 2 + 3,
+            "visit_interval": 52.25 / 4,
+            "events_a_visit": 7 / 5,
+            "last_visit_gap": 40,
+            "recent_visits_30": 1,
+            "recent_visits_90": 3,
+            "recent_visits_180": 3,
+            "recent_events_30": 1,
+            "recent_events_90": 4,
+        },
+        rel=1e-4,
+    )
+
+
+def test_silence_scalars_by_hand():
+    history = torch.zeros(1, len(HISTORY_SCALARS))
+    history[0, HISTORY_SCALARS.index("visit_interval")] = math.log1p(9.0) / 3
+    values = silence_scalars(history, torch.tensor([30.0]))[0].tolist()
+    expected = [
+        math.log(31) / 3,
+        math.log(3.1) / 3,
+        math.exp(-30 / 7),
+        math.exp(-1),
+        math.exp(-1 / 3),
+    ]
+    assert values == pytest.approx(expected, rel=1e-5)
+
+
+def test_time_buckets_are_log_spaced_from_a_minute():
+    edges = log_bucket_edges(4, 1000 / 1440)
+    assert edges.tolist() == pytest.approx([1 / 1440, 1000**0.5 / 1440, 1000 / 1440], rel=1e-5)
+    encoding = TimeEncoding(8, 4, 2, 1000 / 1440 / 4)
+    days = torch.tensor([0.0, 2 / 1440, 100 / 1440, 5.0])
+    assert encoding.bucket_of(days).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 50}, "multiple of 4"),
+        ({"field_sizes": {"action": 8}}, "lacks item"),
+        ({"field_sizes": {**SIZES, "item": 2}}, "item"),
+        ({"num_layers": 0}, "at least 1"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(changes, message):
+    config = EncoderConfig.named("tiny", SIZES)
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_a_configuration_survives_json():
+    config = EncoderConfig.named("small", SIZES)
+    assert EncoderConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="colour"):
+        EncoderConfig.from_json({**config.to_json(), "colour": 1})

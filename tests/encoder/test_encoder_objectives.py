@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+
+from behavior_pipeline.contracts import MASK_ID, PAD_ID
+from behavior_pipeline.encoder.embedder import FieldEmbedding
+from behavior_pipeline.encoder.objectives import (
+    MAX_FULL_SOFTMAX,
+    FieldPrediction,
+    corrupt,
+    draw_events,
+    info_nce,
+    log_uniform_log_probability,
+    sample_log_uniform,
+    sampled_cross_entropy,
+)
+
+
+def test_info_nce_of_two_pairs_by_hand():
+    left = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    right = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    # Cosines: [[1, s], [0, s]] with s = 1 / sqrt 2, over temperature 0.5.
+    s = 1 / math.sqrt(2)
+    rows = [math.log(1 + math.exp((s - 1) / 0.5)), math.log(1 + math.exp((0 - s) / 0.5))]
+    columns = [math.log(1 + math.exp((0 - 1) / 0.5)), math.log(1 + math.exp((s - s) / 0.5))]
+    expected = (sum(rows) / 2 + sum(columns) / 2) / 2
+    assert info_nce(left, right, 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_uniform_probabilities_sum_to_one_and_match_the_samples():
+    torch.manual_seed(0)
+    probabilities = log_uniform_log_probability(torch.arange(50), 50).exp()
+    assert probabilities.sum().item() == pytest.approx(1, rel=1e-5)
+    counts = torch.bincount(sample_log_uniform(200_000, 50), minlength=50) / 200_000
+    torch.testing.assert_close(counts, probabilities, atol=3e-3, rtol=0)
+
+
+def test_the_sampled_softmax_estimates_the_full_sum_without_bias():
+    torch.manual_seed(0)
+    logits, true = torch.randn(30), 3
+    totals = []
+    for _ in range(4000):
+        samples = sample_log_uniform(10, 30)
+        log_expected = log_uniform_log_probability(samples, 30) + math.log(10)
+        loss = sampled_cross_entropy(
+            logits[true][None], logits[samples][None], log_expected, (samples == true)[None]
+        )
+        totals.append((loss + logits[true]).exp())
+    expected = logits.exp().sum().item()
+    assert torch.stack(totals).mean().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_field_is_predicted_by_the_full_softmax_and_padding_is_no_target():
+    torch.manual_seed(0)
+    head = FieldPrediction(FieldEmbedding(9, 6, 6), 6, 5)
+    hidden, targets = torch.randn(4, 6), torch.tensor([5, PAD_ID, 8, PAD_ID])
+    logits = head.transform(hidden) @ head.table.weight.T + head.bias
+    expected = F.cross_entropy(logits[[0, 2]], targets[[0, 2]])
+    torch.testing.assert_close(head(hidden, targets), expected)
+    assert head(hidden, torch.zeros(4, dtype=torch.long)).item() == 0
+
+
+def test_a_large_vocabulary_is_sampled_and_comes_close_to_the_full_softmax():
+    torch.manual_seed(0)
+    size = MAX_FULL_SOFTMAX + 500
+    head = FieldPrediction(FieldEmbedding(size, 4, 4), 4, 2000)
+    hidden, targets = torch.randn(64, 4), torch.randint(4, size, (64,))
+    with torch.no_grad():
+        full = F.cross_entropy(head.transform(hidden) @ head.table.weight.T, targets)
+        sampled = torch.stack([head(hidden, targets) for _ in range(10)]).mean()
+    assert sampled.item() == pytest.approx(full.item(), rel=0.02)
+    assert sampled.item() != full.item()
+
+
+def test_fifteen_percent_of_the_events_are_drawn_and_no_padding():
+    torch.manual_seed(0)
+    valid = torch.zeros(200, 100, dtype=torch.bool)
+    valid[:, :60] = True
+    drawn = draw_events(valid, 0.15)
+    assert not (drawn & ~valid).any()
+    assert drawn.sum().item() / valid.sum().item() == pytest.approx(0.15, abs=0.01)
+
+
+def test_drawn_events_are_masked_swapped_or_kept_in_berts_shares():
+    torch.manual_seed(0)
+    ids = {
+        "action": torch.randint(4, 10_000, (200, 100)),
+        "item": torch.zeros(200, 100, dtype=torch.long),
+    }
+    drawn = torch.rand(200, 100) < 0.5
+    corrupted = corrupt(ids, drawn)
+    before, after = ids["action"][drawn], corrupted["action"][drawn]
+    masked = (after == MASK_ID).float().mean().item()
+    kept = (after == before).float().mean().item()
+    assert masked == pytest.approx(0.8, abs=0.02)
+    assert kept == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(corrupted["action"][~drawn], ids["action"][~drawn])
+    assert not corrupted["item"].any()

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoder_builders import CUTOFF, random_rows, user_row, write_folders
+
+from behavior_pipeline.encoder.checkpoints import load_checkpoint
+from behavior_pipeline.encoder.configuration import TrainingConfig
+from behavior_pipeline.encoder.train import learning_rate, train
+from behavior_pipeline.errors import PipelineError
+
+OBJECTIVES = {"masked_event", "next_event", "contrastive", "silence", "total"}
+
+
+def tiny(**changes: Any) -> TrainingConfig:
+    return TrainingConfig.named(
+        "tiny", **{"max_steps": 6, "validate_every": 3, "threads": 1, **changes}
+    )
+
+
+def test_a_training_leaves_a_checkpoint_and_loss_curves(folders):
+    reports, logs = [], []
+    summary = train(*folders, tiny(), lambda *step: reports.append(step), logs.append)
+    checkpoint = load_checkpoint(summary.folder)
+    assert checkpoint.checkpoint_id == summary.checkpoint_id == summary.folder.name
+    assert checkpoint.trained_through == CUTOFF
+    assert checkpoint.history == logs
+    assert set(summary.train_losses) == set(summary.validation_losses) == OBJECTIVES
+    assert all(len(curve) == 2 for curve in summary.validation_losses.values())
+    assert all(math.isfinite(loss) for curve in summary.train_losses.values() for loss in curve)
+    assert [step[:2] for step in reports] == [(step, 6) for step in range(1, 7)]
+    assert checkpoint.encoder.prior().abs().sum() > 0
+    assert not list(folders.checkpoints.glob(".*"))
+
+
+def test_the_same_seed_gives_the_same_curve_and_the_same_checkpoint(folders):
+    first = train(*folders, tiny(seed=3))
+    torch.rand(5)  # what ran before must not matter
+    again = train(*folders, tiny(seed=3))
+    other = train(*folders, tiny(seed=4))
+    assert first.train_losses == again.train_losses
+    assert first.validation_losses == again.validation_losses
+    assert first.checkpoint_id == again.checkpoint_id != other.checkpoint_id
+
+
+def test_training_leaves_the_random_state_and_the_threads_alone(folders):
+    torch.manual_seed(1)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(1)
+    train(*folders, tiny(max_steps=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_rule_is_learned(tmp_path):
+    # Everyone repeats one category; who is regular goes on, so losses can fall far.
+    rows = [
+        user_row(f"user{n:03d}", [n % 5 + 6.0 * k for k in range(29)], seed=n) for n in range(48)
+    ]
+    for row in rows:
+        row["action_ids"] = [4 + place % 2 for place in range(29)]
+        row["item_ids"] = [4 + place % 3 for place in range(29)]
+    folders = write_folders(tmp_path, rows)
+    summary = train(*folders, tiny(max_steps=60, validate_every=30, learning_rate=5e-3))
+    assert summary.train_losses["next_event"][-1] < 0.5 * summary.train_losses["next_event"][0]
+    assert summary.validation_losses["next_event"][-1] < 1.2
+    assert summary.validation_losses["silence"][-1] < summary.validation_losses["silence"][0]
+
+
+def test_training_stops_when_validation_does_not_improve_and_keeps_the_best(folders):
+    config = tiny(max_steps=60, validate_every=2, patience=1, learning_rate=1.0)
+    summary = train(*folders, config)
+    totals = summary.validation_losses["total"]
+    assert summary.num_steps < 60
+    assert summary.best_step == 2 * (1 + totals.index(min(totals)))
+    assert summary.best_step < summary.num_steps
+
+
+def test_no_validation_users_keeps_the_last_weights(folders):
+    summary = train(*folders, tiny(validation_share=0.0))
+    assert summary.best_step == summary.num_steps == 6
+    assert summary.validation_losses == {}
+
+
+def test_a_single_user_without_variety_trains(tmp_path):
+    folders = write_folders(tmp_path, [user_row("a", [170.0], 1), user_row("b", [], 2)])
+    summary = train(*folders, tiny(max_steps=2, validation_share=0.0))
+    assert all(math.isfinite(loss) for curve in summary.train_losses.values() for loss in curve)
+
+
+def test_another_or_a_later_vocabulary_is_refused(folders):
+    path = folders.vocabulary / "vocabulary.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "vocabulary_id": "other"}))
+    with pytest.raises(PipelineError, match="other"):
+        train(*folders, tiny())
+    path.write_text(json.dumps({**content, "trained_through": "2024-08-01T00:00:00+00:00"}))
+    with pytest.raises(PipelineError, match="2024-08-01"):
+        train(*folders, tiny())
+    path.unlink()
+    with pytest.raises(PipelineError, match=r"no vocabulary\.json"):
+        train(*folders, tiny())
+
+
+def test_the_rate_warms_up_and_falls():
+    config = tiny(max_steps=100, learning_rate=1.0)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05, abs=0.01)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(PipelineError, match="huge"):
+        TrainingConfig.named("huge")
+
+
+def test_it_trains_alone_without_the_pipeline_s_other_libraries(tmp_path):
+    folders = write_folders(tmp_path, random_rows(20))
+    program = """
+import sys
+from importlib.util import spec_from_loader
+
+class Absent:
+    others = {"pandas", "polars", "duckdb", "pydantic", "sklearn", "rich", "dagster", "feast"}
+
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name in self.others else None
+
+    def create_module(self, spec):
+        raise ModuleNotFoundError(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Absent())
+from behavior_pipeline.encoder.train import main
+main()
+"""
+    arguments = ["--sequences", folders.sequences, "--vocabulary", folders.vocabulary]
+    arguments += ["--out", folders.checkpoints, "--preset", "tiny", "--max-steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = folders.checkpoints.iterdir()
+    assert str(folder) in done.stdout
