@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from datetime import date, datetime
+from datetime import datetime
 from functools import wraps
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -102,7 +101,9 @@ def nightly(
     """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
     from behavior_pipeline.runs import arrive
 
-    night = arrive(_given(source=source, path=path, data_root=data_root), parse_cutoff(cutoff), console)
+    night = arrive(
+        _given(source=source, path=path, data_root=data_root), parse_cutoff(cutoff), console
+    )
     _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
 
 
@@ -185,14 +186,14 @@ def presets() -> None:
 def ui(
     port: Annotated[int, typer.Option(help="Port of the web page.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    data_root: DataRoot = None,
 ) -> None:
     """Serve the Dagster UI with its daemon; stop it with Ctrl-C."""
-    from behavior_pipeline.runs import dagster_home
+    from behavior_pipeline.runs import serve
+    from behavior_pipeline.settings import load_settings
 
-    dagster_home()
-    workspace = Path(__file__).parents[1] / "workspace.yaml"
-    command = ["dagster", "dev", "-w", str(workspace), "-h", host, "-p", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", *command])
+    console.print(f"Dagster: http://{host}:{port}  (Ctrl-C stops it)")
+    serve(load_settings(data_root=data_root), host, port)
 
 
 @app.command()

@@ -32,7 +32,9 @@ class Contract:
     sort_order: tuple[str, ...]
 
 
-def _contract(name: str, sort_order: tuple[str, ...], *columns: tuple[str, pa.DataType, str]) -> Contract:
+def _contract(
+    name: str, sort_order: tuple[str, ...], *columns: tuple[str, pa.DataType, str]
+) -> Contract:
     """Build a contract whose fields carry their meaning as metadata."""
     fields = [
         pa.field(column, type_, metadata={"meaning": meaning}) for column, type_, meaning in columns
@@ -70,7 +72,10 @@ QUARANTINE: Final = _contract(
 EVENTS_SESSIONIZED: Final = _contract(
     "events_sessionized",
     ("user_id", "occurred_at", "event_id"),
-    *[(field.name, field.type, field.metadata[b"meaning"].decode()) for field in CANONICAL_EVENTS.schema],
+    *[
+        (field.name, field.type, field.metadata[b"meaning"].decode())
+        for field in CANONICAL_EVENTS.schema
+    ],
     ("event_number", pa.int64(), "place in the user's history, from 1"),
     ("gap_seconds", pa.float64(), "seconds since the user's previous event, null for the first"),
     ("session_started_at", TIMESTAMP, "start of the session; with user_id the session's key"),
@@ -113,7 +118,11 @@ PROPENSITY_LABELS: Final = _contract(
     ("observation_cutoff", "target", "user_id"),
     ("observation_cutoff", TIMESTAMP, "start of the label window"),
     ("target", pa.string(), "one of propensity_targets"),
-    ("user_id", pa.string(), "user of the population with the target in the window: positives only"),
+    (
+        "user_id",
+        pa.string(),
+        "user of the population with the target in the window: positives only",
+    ),
 )
 
 SEQUENCES: Final = _contract(
@@ -125,7 +134,10 @@ SEQUENCES: Final = _contract(
     ("num_events", pa.int64(), "length of the whole history, also where the lists are cut"),
     ("first_event_at", TIMESTAMP, "start of the whole history, null without an event"),
     ("last_event_at", TIMESTAMP, "end of the history, null without an event"),
-    *[(f"{field}_ids", pa.list_(pa.int32()), f"{field} token ids, newest last") for field in TOKEN_FIELDS],
+    *[
+        (f"{field}_ids", pa.list_(pa.int32()), f"{field} token ids, newest last")
+        for field in TOKEN_FIELDS
+    ],
     ("gap_seconds", pa.list_(pa.float32()), "seconds since the event before; 0 for the very first"),
     ("occurred_at", pa.list_(TIMESTAMP), "time of each event"),
 )
@@ -155,7 +167,11 @@ PREDICTIONS: Final = _contract(
     ("user_id",),
     ("user_id", pa.string(), "every user of the population at the cutoff"),
     ("observation_cutoff", TIMESTAMP, "scored as of this"),
-    ("churn_probability", pa.float32(), "calibrated probability of no qualifying event in the horizon"),
+    (
+        "churn_probability",
+        pa.float32(),
+        "calibrated probability of no qualifying event in the horizon",
+    ),
     ("top_target", pa.string(), "most likely propensity target"),
     ("top_target_probability", pa.float32(), "its probability"),
     ("next_event_type", pa.string(), "most likely type of the next event"),

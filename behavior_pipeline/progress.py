@@ -19,12 +19,19 @@ def report_nothing(_done: int, _total: int, _message: str) -> None:
 @contextmanager
 def progress_bar(title: str, console: Console | None = None) -> Iterator[Report]:
     """Yield a report that draws one bar in the terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def report(done: int, total: int, message: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"{title} {message}".rstrip())
+            progress.update(
+                task, completed=done, total=total, description=f"{title} {message}".rstrip()
+            )
 
         yield report
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +27,16 @@ from behavior_pipeline.encoder.live import checkpoint_folder
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
-from behavior_pipeline.settings import load_settings
+from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage, make_private_folder, remove_leftovers
 from behavior_pipeline.terminal import Terminal, set_active
 from behavior_pipeline.windows import EvaluationWindows, default_cutoff, partition_of
 
-PID_TAG = "behavior_pipeline/pid"
-STARTED_TAG = "behavior_pipeline/process_started"
+WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
+POLL_SECONDS = 0.5
+
+PID_TAG = ".dagster/behavior_pipeline_pid"  # tags of this prefix are hidden in the UI
+STARTED_TAG = ".dagster/behavior_pipeline_started"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ INSTANCE_CONFIG = """\
 # Written by behavior-pipeline; edit freely.
 telemetry:
   enabled: false
+nux:
+  enabled: false
 concurrency:
   pools:
     default_limit: 1      # DuckDB, the online store and the machine's cores have one user each
@@ -51,10 +60,14 @@ concurrency:
 """
 
 
-def dagster_home() -> Path:
-    """Return the folder of Dagster's own records, made and configured when it is missing."""
+def dagster_home(settings: Settings) -> Path:
+    """Return the folder of Dagster's own records, made and configured when it is missing.
+
+    `DAGSTER_HOME` wins; otherwise it lies in the data root, so that the runs of one data root
+    are seen together.
+    """
     given = os.environ.get("DAGSTER_HOME")
-    home = Path(given) if given else load_settings().data_root.absolute() / "dagster"
+    home = Path(given) if given else settings.data_root.absolute() / "dagster"
     make_private_folder(home)
     config = home / "dagster.yaml"
     if not config.exists():
@@ -81,7 +94,9 @@ def holding(storage: Storage) -> Iterator[None]:
         yield
 
 
-def work(job: str, overrides: Mapping[str, Any], cutoff: datetime | None, console: Console) -> Night:
+def work(
+    job: str, overrides: Mapping[str, Any], cutoff: datetime | None, console: Console
+) -> Night:
     """Load the source, settle the cutoff, and execute a job for its night.
 
     The history is loaded first, so that a cutoff outside the data is refused before any work.
@@ -116,14 +131,16 @@ def arrive(overrides: Mapping[str, Any], cutoff: datetime, console: Console) -> 
     return Night(opened, opened.windows(cutoff))
 
 
-def execute(job: str, partition: str | None, overrides: Mapping[str, Any], console: Console) -> None:
+def execute(
+    job: str, partition: str | None, overrides: Mapping[str, Any], console: Console
+) -> None:
     """Execute a job for a night and show its steps.
 
     Raises:
         PipelineError: the user's mistake that a step ran into.
         RuntimeError: if a step failed for another reason, or a blocking check held the run back.
     """
-    dagster_home()
+    dagster_home(load_settings(**overrides))
     with dg.DagsterInstance.get() as instance:
         close_dead_runs(instance)
         _execute(instance, job, partition, overrides, console)
@@ -149,7 +166,7 @@ def _execute(
     """Run in this process, with one line per step."""
     from behavior_pipeline.definitions import defs  # noqa: PLC0415 - loads every stage
 
-    definition = defs().resolve_job_def(job)  # type: ignore[operator]
+    definition = defs().resolve_job_def(job)
     terminal = Terminal(console)
     set_active(terminal)
     with terminal.progress:
@@ -194,3 +211,23 @@ def _is_alive(tags: Mapping[str, str]) -> bool:
     except psutil.NoSuchProcess:
         return False
     return f"{process.create_time():.2f}" == tags.get(STARTED_TAG)
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Serve Dagster's web page and its daemon until one of them ends or Ctrl-C."""
+    dagster_home(settings)
+    tool = [sys.executable, "-m"]
+    page = [*tool, "dagster_webserver", "-w", str(WORKSPACE), "-h", host, "-p", str(port)]
+    daemon = [*tool, "dagster._daemon", "run", "-w", str(WORKSPACE)]
+    processes = [subprocess.Popen(command) for command in (page, daemon)]  # noqa: S603 - no shell
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        while all(process.poll() is None for process in processes):
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()

@@ -139,8 +139,11 @@ def make_private_folder(folder: Path) -> Path:
     return folder
 
 
-def _aside(target: Path) -> Path:
-    """Return an unused hidden name beside the target, on the same file system."""
+def aside_of(target: Path) -> Path:
+    """Return an unused hidden name beside the target, which says whose it is.
+
+    `remove_leftovers` removes what bears such a name once the process that made it is gone.
+    """
     return target.with_name(f".{target.name}.{os.getpid()}-{uuid4().hex[:8]}.aside")
 
 
@@ -148,7 +151,7 @@ def _aside(target: Path) -> Path:
 def writing_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success rename it into place, else remove it."""
     make_private_folder(target.parent)
-    aside = _aside(target)
+    aside = aside_of(target)
     try:
         yield aside
         aside.chmod(PRIVATE_FILE)
@@ -166,8 +169,8 @@ def writing_folder(target: Path) -> Iterator[Path]:
     the two renames leaves no folder under the name, which every reader treats as "not built yet".
     """
     make_private_folder(target.parent)
-    aside = make_private_folder(_aside(target))
-    old = _aside(target)
+    aside = make_private_folder(aside_of(target))
+    old = aside_of(target)
     try:
         yield aside
         if target.exists():

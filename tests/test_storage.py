@@ -80,7 +80,11 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
 
 def test_every_place_lies_inside_the_home(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    places = [getattr(storage, name) for name, value in vars(Storage).items() if isinstance(value, property)]
+    places = [
+        getattr(storage, name)
+        for name, value in vars(Storage).items()
+        if isinstance(value, property)
+    ]
     assert places
     assert all(place.is_relative_to(tmp_path) for place in places)
     assert len(set(places)) == len(places)

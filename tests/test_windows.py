@@ -56,7 +56,9 @@ def test_too_little_history_is_refused() -> None:
         plan_evaluation(parse_cutoff("2009-12-20"), FIRST, LAST, 30, 180)
 
 
-@pytest.mark.parametrize(("horizon", "lookback", "name"), [(-1, 180, "horizon"), (30, 0, "lookback")])
+@pytest.mark.parametrize(
+    ("horizon", "lookback", "name"), [(-1, 180, "horizon"), (30, 0, "lookback")]
+)
 def test_windows_without_a_length_are_refused(horizon: int, lookback: int, name: str) -> None:
     with pytest.raises(PipelineError, match=name):
         plan_evaluation(parse_cutoff("2011-11-09"), FIRST, LAST, horizon, lookback)
@@ -67,9 +69,7 @@ def test_a_date_that_is_none_is_refused() -> None:
         parse_cutoff("yesterday")
 
 
-@given(
-    st.integers(0, 3000), st.integers(1, 400), st.integers(1, 4000), st.integers(1, 86_399)
-)
+@given(st.integers(0, 3000), st.integers(1, 400), st.integers(1, 4000), st.integers(1, 86_399))
 def test_no_label_window_reaches_past_the_data_or_into_training(
     day: int, horizon: int, length: int, second: int
 ) -> None:

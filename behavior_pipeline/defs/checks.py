@@ -8,8 +8,7 @@ import dagster as dg
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from behavior_pipeline.contracts import Contract, EVENTS_SESSIONIZED, USER_RFM
-from behavior_pipeline.defs.ingest import HISTORY
+from behavior_pipeline.contracts import EVENTS_SESSIONIZED, USER_RFM, Contract
 from behavior_pipeline.defs.partitions import nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, partition_key_of
 from behavior_pipeline.embeddings.statistics import EmbeddingStatistics, summarize_embeddings
@@ -22,6 +21,7 @@ from behavior_pipeline.ingest.arrivals import (
     QUARANTINE_FILE,
     arrival_folder,
 )
+from behavior_pipeline.ingest.load import HISTORY
 from behavior_pipeline.storage import Storage, read_json
 
 MAX_COLD_START_SHARE = 0.5  # more users without a usable event mean that a source went wrong

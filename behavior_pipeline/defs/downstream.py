@@ -3,10 +3,10 @@
 import dagster as dg
 
 from behavior_pipeline.contracts import PREDICTIONS, SEGMENTS
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import contract_metadata, picture, row_count
 from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, now
-from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.downstream.comparison import compare, headline
 from behavior_pipeline.downstream.report import write_report
 from behavior_pipeline.downstream.scoring import score

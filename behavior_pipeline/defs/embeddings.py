@@ -5,10 +5,10 @@ from pathlib import Path
 
 import dagster as dg
 
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import row_count
 from behavior_pipeline.defs.partitions import ENCODER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, now
-from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
 

@@ -4,11 +4,11 @@ from datetime import timedelta
 
 import dagster as dg
 
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.partitions import ENCODER
 from behavior_pipeline.defs.resources import PipelineResource
-from behavior_pipeline.defs.loggers import report_to
-from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.checkpoints import write_untrained
+from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, point_to
 from behavior_pipeline.encoder.train import train
 from behavior_pipeline.pipeline import Pipeline

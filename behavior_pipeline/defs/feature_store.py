@@ -4,10 +4,10 @@ from datetime import timedelta
 
 import dagster as dg
 
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import row_count
 from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource
-from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.feature_store.publish import publish_view
 
 FEATURE_STORE_WRITER = "feature_store_writer"
@@ -32,7 +32,7 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
         group_name="feature_store",
         deps=[source],
         partitions_def=nights,
-    backfill_policy=ONE_NIGHT_A_RUN,
+        backfill_policy=ONE_NIGHT_A_RUN,
         kinds={"feast", "sqlite"},
         pool=FEATURE_STORE_WRITER,
         freshness_policy=ON_TIME,

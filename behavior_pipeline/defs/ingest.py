@@ -6,25 +6,26 @@ from typing import Any
 import dagster as dg
 
 from behavior_pipeline.contracts import CANONICAL_EVENTS
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
 from behavior_pipeline.defs.partitions import DUCKDB_WRITER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import PipelineResource, now, partition_key_of
-from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.ingest.arrivals import LoadSummary
-from behavior_pipeline.ingest.load import load_arrival
+from behavior_pipeline.ingest.load import HISTORY, load_arrival
 from behavior_pipeline.ingest.simulator import simulate
 from behavior_pipeline.pipeline import SIMULATED
 
-HISTORY = "history"
-"""Arrival key of everything that was there before the first night."""
-
 
 @dg.asset(group_name="ingest", kinds={"parquet"})
-def raw_events(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> dg.MaterializeResult[None]:
+def raw_events(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
     """The source's files as they are; the simulated source is written here."""
     opened = pipeline.open()
     if opened.preset.name != SIMULATED or opened.settings.path is not None:
-        return dg.MaterializeResult(metadata={"path": opened.raw_path, "is_simulated": opened.preset.is_simulated})
+        return dg.MaterializeResult(
+            metadata={"path": opened.raw_path, "is_simulated": opened.preset.is_simulated}
+        )
     settings = opened.settings
     summary = simulate(
         opened.storage.raw / SIMULATED,
@@ -34,7 +35,11 @@ def raw_events(context: dg.AssetExecutionContext, pipeline: PipelineResource) ->
         report=report_to(context, "simulating"),
     )
     return dg.MaterializeResult(
-        metadata={"num_events": summary.num_events, "num_users": summary.num_users, "is_simulated": True}
+        metadata={
+            "num_events": summary.num_events,
+            "num_users": summary.num_users,
+            "is_simulated": True,
+        }
     )
 
 
@@ -71,7 +76,9 @@ def historical_events(
     pool=DUCKDB_WRITER,
     metadata=contract_metadata(CANONICAL_EVENTS),
 )
-def arrived_events(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> dg.MaterializeResult[None]:
+def arrived_events(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
     """Canonical events that arrived on the night's day and were not known before."""
     opened = pipeline.open()
     night = partition_key_of(context)

@@ -56,7 +56,7 @@ def _show_failed_check(terminal: Terminal, event: dg.DagsterEvent) -> None:
     if not evaluation.passed:
         found = {name: value.value for name, value in evaluation.metadata.items()}
         name = f"{evaluation.asset_key.to_user_string()}: {evaluation.check_name}"
-        terminal.show_failed_check(name, str(found), is_blocking=evaluation.blocking)
+        terminal.show_failed_check(name, str(found), is_blocking=bool(evaluation.blocking))
 
 
 def _figures(event: dg.DagsterEvent) -> str:
@@ -75,11 +75,13 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-@dg.logger(description="One line per step, for a person at a terminal.")
+@dg.logger({}, description="One line per step, for a person at a terminal.")
 def terminal_logger(_context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger that runs started on the command line use."""
-    logger = logging.Logger("behavior_pipeline.terminal", logging.DEBUG)
-    logger.addHandler(_TerminalHandler())
+    logger = logging.getLogger("behavior_pipeline.terminal")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.handlers = [_TerminalHandler()]
     return logger
 
 

@@ -31,7 +31,11 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 class Night:
     """One night of one source: the pipeline, its cutoff and its evaluation windows."""
 
-    def __init__(self, context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, resource: PipelineResource) -> None:
+    def __init__(
+        self,
+        context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+        resource: PipelineResource,
+    ) -> None:
         self.pipeline = resource.open()
         self.cutoff: datetime = cutoff_of(partition_key_of(context))
 

@@ -5,10 +5,10 @@ from typing import Any
 import dagster as dg
 
 from behavior_pipeline.contracts import SEQUENCES
+from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
 from behavior_pipeline.defs.partitions import ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource
-from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.encoder.live import checkpoint_folder
 from behavior_pipeline.sequences.files import SequencesSummary, write_sequences
 from behavior_pipeline.sequences.vocabulary import (

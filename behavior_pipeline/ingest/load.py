@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
 
 import duckdb
 
@@ -36,7 +35,7 @@ from behavior_pipeline.ingest.validation import judged_rows
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import open_engine, quote_text
-from behavior_pipeline.storage import Storage, make_private_folder
+from behavior_pipeline.storage import Storage, aside_of, make_private_folder
 from behavior_pipeline.windows import midnight
 
 _NUM_STEPS: Final = 4
@@ -132,7 +131,7 @@ def load_arrival(
 @contextmanager
 def _workspace(scratch: Path) -> Iterator[Path]:
     """Yield a folder for mended copies of files, and remove it."""
-    folder = make_private_folder(scratch / f".load.{uuid4().hex[:8]}.aside")
+    folder = make_private_folder(aside_of(scratch / "load"))
     try:
         yield folder
     finally:

@@ -75,7 +75,7 @@ def content_text(sources: Sources) -> str:
 
 
 def text_value(mapping: ColumnMapping | None, sources: Sources) -> str:
-    """Return SQL for a mapped text; empty is null, and an integer has no `.0`."""
+    """Return SQL for a mapped text; empty is null, and an integral float has no `.0`."""
     if mapping is None:
         return NO_TEXT
     if mapping.constant is not None:
@@ -143,7 +143,10 @@ def _texts(names: Iterable[str], sources: Sources) -> str:
 
 
 def _text(source: SourceColumn) -> str:
-    """Return SQL for a column as text: `12346`, where pandas made it 12346.0."""
+    """Return SQL for a column as text: `12346` for an integer in a column of floats.
+
+    A column of texts is taken as it is: "1.0" may be a version.
+    """
     value = source.expression
     if source.type in _FLOATS:
         is_integer = f"{value} = trunc({value}) AND abs({value}) <= {_EXACT_FLOAT}"
@@ -153,9 +156,7 @@ def _text(source: SourceColumn) -> str:
         )
     if source.type in _NUMBERS:
         return f"{value}::VARCHAR"
-    text = _plain_text(source)
-    is_float = f"suffix({text}, '.0') AND regexp_full_match({text}, '-?[0-9]+\\.0')"
-    return f"CASE WHEN {is_float} THEN left({text}, length({text}) - 2) ELSE {text} END"
+    return _plain_text(source)
 
 
 def _plain_text(source: SourceColumn) -> str:

@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import duckdb
 
-from behavior_pipeline.storage import Storage, make_private_folder, writing_file
+from behavior_pipeline.storage import Storage, aside_of, make_private_folder, writing_file
 
 
 @contextmanager
@@ -20,7 +19,7 @@ def database_aside(storage: Storage, database: Path) -> Iterator[Path]:
     A folder, because DuckDB and dbt put files of their own beside the database. It is named so
     that `remove_leftovers` finds it after a kill.
     """
-    folder = make_private_folder(storage.scratch / f".{database.name}.{uuid4().hex[:8]}.aside")
+    folder = make_private_folder(aside_of(storage.scratch / database.name))
     try:
         yield folder.absolute() / database.name
     finally:
