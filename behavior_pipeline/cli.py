@@ -247,3 +247,7 @@ def _short(value: Any) -> str:
         start = ", ".join(f"{number:.4f}" for number in value[:4])
         return f"[{start}, …] ({len(value)} numbers)"
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

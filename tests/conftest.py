@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("default")
 
+FINISHED = "finished"  # fixture of tests/end_to_end: a run of the whole job
+
 
 def realdata_folder() -> Path:
     """Where the real event logs are, if anywhere."""
@@ -25,14 +28,34 @@ def realdata_folder() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, saying so, what needs real logs where there are none."""
-    folder = realdata_folder()
-    if folder.is_dir():
-        return
-    reason = f"no real event logs in {folder}: set BEHAVIOR_REALDATA to their folder"
+    """Skip, saying so, what cannot run here; keep together what shares an expensive fixture."""
+    missing = _missing()
     for item in items:
-        if "realdata" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        for marker, reason in missing.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _missing() -> dict[str, str]:
+    """Name what this machine lacks: marker -> reason."""
+    missing = {}
+    folder = realdata_folder()
+    if not folder.is_dir():
+        missing["realdata"] = f"no real event logs in {folder}: set BEHAVIOR_REALDATA"
+    programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if programs:
+        missing["browser"] = f"not installed: {', '.join(programs)} (see .ci/run)"
+    return missing
+
+
+def _group(item: pytest.Item) -> str:
+    """Name the tests that one worker runs: they share a finished run, a built warehouse, a file."""
+    if FINISHED in getattr(item, "fixturenames", ()):
+        return FINISHED
+    if item.path.parent.name == "warehouse":
+        return "warehouse"
+    return str(item.path)
 
 
 @pytest.fixture
