@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
@@ -10,6 +11,9 @@ from behavior_pipeline.contracts import NUM_SPECIAL_IDS, TOKEN_FIELDS
 from behavior_pipeline.errors import PipelineError
 
 PRESETS: Final = ("tiny", "small", "base")
+
+MIN_STEPS: Final = 100
+"""Few data are passed over as often as this takes: a warm-up alone teaches nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class TrainingConfig:
 
     preset: str = "small"  # shape of the encoder: tiny, small or base
     seed: int = 0  # every random choice derives from it
-    max_steps: int = 400  # optimiser steps at the most
+    max_steps: int = 700  # optimiser steps at the most
+    max_passes: float = 3.5  # passes over the events at the most, but at least MIN_STEPS steps
     batch_tokens: int = 3072  # padded tokens of histories in a step, at the most
     learning_rate: float = 1e-3  # at the end of warm-up
     warmup_share: float = 0.1  # share of the steps in which the rate rises
@@ -138,13 +143,19 @@ class TrainingConfig:
             "tiny": {"max_steps": 20, "batch_tokens": 1024, "validate_every": 10},
             "small": {},
             "base": {
-                "max_steps": 10_000, "batch_tokens": 65_536, "learning_rate": 3e-4,
-                "max_future_events": 128, "masked_row_share": 0.5, "num_negatives": 4096,
-                "validate_every": 250, "max_validation_users": 4096, "shuffle_users": 131_072,
+                "max_steps": 10_000, "max_passes": 20.0, "batch_tokens": 65_536,
+                "learning_rate": 3e-4, "max_future_events": 128, "masked_row_share": 0.5,
+                "num_negatives": 4096, "validate_every": 250, "max_validation_users": 4096,
+                "shuffle_users": 131_072,
             },
         }  # fmt: skip
         given = {key: value for key, value in changes.items() if value is not None}
         return replace(cls(preset=name, **plans[name]), **given)
+
+    def for_events(self, num_events: int) -> TrainingConfig:
+        """Return the configuration with no more steps than `max_passes` over the events take."""
+        needed = math.ceil(self.max_passes * num_events / self.batch_tokens)
+        return replace(self, max_steps=min(self.max_steps, max(MIN_STEPS, needed)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -106,6 +106,7 @@ def train(
     found = survey(files)
     facts = read_vocabulary_facts(vocabulary_folder)
     _check_vocabulary(facts, found, sequences_folder)
+    config = config.for_events(found.num_events)
     shape = EncoderConfig.named(config.preset, facts.field_sizes)
     with _repeatable(config):
         run = _Run(files, found, shape, config)

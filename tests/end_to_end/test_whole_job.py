@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 
+import dagster as dg
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-import dagster as dg
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.feature_store.historical import historical_features
 from behavior_pipeline.feature_store.publish import publish_view
@@ -37,9 +37,7 @@ def test_the_comparison_holds_every_task_representation_and_probe(finished: Fini
     assert (comparison["train_cutoff"], comparison["test_cutoff"]) == ("2026-03-01", "2026-03-31")
     assert comparison["horizon_days"] == 30
     assert all(set(row) == RESULT_KEYS for row in comparison["results"])
-    found = {
-        (row["task"], row["representation"], row["probe"]) for row in comparison["results"]
-    }
+    found = {(row["task"], row["representation"], row["probe"]) for row in comparison["results"]}
     wanted = {
         (task, representation, probe)
         for task in ("churn", "propensity", "next_action", "segments")
@@ -127,7 +125,9 @@ def test_history_gives_what_was_known_at_the_asked_time(finished: FinishedRun) -
     assert found.num_rows == entities.num_rows
     assert found["user_id"].to_pylist() == entities["user_id"].to_pylist()
     cutoffs = found["user_embedding__cutoff_at"]
-    assert pc.all(pc.less_equal(cutoffs.cast(pa.timestamp("us", tz="UTC")), found["event_timestamp"])).as_py()
+    assert pc.all(
+        pc.less_equal(cutoffs.cast(pa.timestamp("us", tz="UTC")), found["event_timestamp"])
+    ).as_py()
     known_then = cutoffs.to_pylist()[: len(users)]
     assert {time for time in known_then if time is not None} == {train_cutoff}
     assert set(cutoffs.to_pylist()[len(users) :]) == {finished.cutoff}
@@ -157,8 +157,7 @@ def test_analysts_find_documented_tables(finished: FinishedRun) -> None:
 def test_nothing_on_disk_is_readable_by_others(finished: FinishedRun) -> None:
     home = finished.storage.home
     assert home.stat().st_mode & 0o077 == 0
-    leftovers = [path for path in home.rglob("*.aside")]
-    assert leftovers == []
+    assert list(home.rglob("*.aside")) == []
 
 
 def test_every_row_read_is_an_event_or_in_quarantine(finished: FinishedRun) -> None:

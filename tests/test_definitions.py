@@ -1,0 +1,107 @@
+"""What Dagster loads, pinned: folder loading drops things in silence when it is misled."""
+
+from __future__ import annotations
+
+import dagster as dg
+import pytest
+
+from behavior_pipeline.definitions import defs
+
+GROUPS = {
+    "ingest": {"raw_events", "historical_events", "arrived_events"},
+    "warehouse": {
+        "stg_events", "int_event_gaps", "int_observation_cutoffs", "int_session_starts",
+        "events_sessionized", "sessions", "user_days", "user_rfm", "user_aggregates", "labels",
+        "propensity_targets", "propensity_labels", "daily_activity", "rfm_segments",
+        "session_funnel", "user_overview", "marts", "analytics_database",
+    },
+    "sequences": {"vocabulary", "training_sequences", "sequences"},
+    "encoder": {"checkpoint", "untrained_checkpoint"},
+    "embeddings": {"user_embeddings", "evaluation_embeddings"},
+    "feature_store": {
+        "published_embeddings", "published_rfm", "published_predictions", "published_segments",
+    },
+    "downstream": {"predictions", "segments", "comparison", "report"},
+}  # fmt: skip
+
+BLOCKING = {
+    "is_history_whole", "is_arrival_whole", "are_features_before_the_cutoff",
+    "are_schemas_as_agreed", "is_checkpoint_older_than_train_cutoff", "are_embeddings_sound",
+    "is_read_back_equal",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dg.Definitions:
+    definitions: dg.Definitions = defs()
+    return definitions
+
+
+def test_every_asset_is_loaded_in_the_group_of_its_stage(loaded: dg.Definitions) -> None:
+    found: dict[str, set[str]] = {}
+    for node in loaded.resolve_asset_graph().asset_nodes:
+        found.setdefault(str(node.group_name), set()).add(node.key.to_user_string())
+    assert found == GROUPS
+
+
+def test_definitions_can_be_loaded(loaded: dg.Definitions) -> None:
+    dg.Definitions.validate_loadable(loaded)
+
+
+def test_nightly_assets_share_the_daily_partitions(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    unpartitioned = {
+        node.key.to_user_string() for node in graph.asset_nodes if node.partitions_def is None
+    }
+    assert unpartitioned == {
+        "raw_events", "historical_events", "vocabulary", "training_sequences", "checkpoint",
+        "untrained_checkpoint",
+    }  # fmt: skip
+
+
+def test_jobs_and_their_hours(loaded: dg.Definitions) -> None:
+    assert {job.name for job in loaded.resolve_all_job_defs()} >= {
+        "history", "pretraining", "nightly", "pretraining_and_nightly",
+    }  # fmt: skip
+    crons = {
+        name: loaded.resolve_schedule_def(name).cron_schedule
+        for name in ("nightly_schedule", "weekly_pretraining")
+    }
+    assert crons == {"nightly_schedule": "0 2 * * *", "weekly_pretraining": "0 3 * * 0"}
+
+
+def test_the_nightly_job_trains_nothing_and_reloads_no_history(loaded: dg.Definitions) -> None:
+    keys = {
+        key.to_user_string()
+        for key in loaded.resolve_job_def("nightly").asset_layer.selected_asset_keys
+    }
+    assert {"arrived_events", "user_embeddings", "published_embeddings", "report"} <= keys
+    assert keys.isdisjoint({"historical_events", "checkpoint", "vocabulary"})
+
+
+def test_leaks_and_holes_are_held_back(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    blocking = {
+        key.name
+        for key in graph.asset_check_keys
+        if graph.get_check_spec(key).blocking and key.name in BLOCKING
+    }
+    assert blocking == BLOCKING
+
+
+def test_what_services_read_has_a_deadline(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    for name in ("user_embeddings", "published_embeddings"):
+        policy = graph.get(dg.AssetKey(name)).freshness_policy_or_from_metadata
+        assert policy is not None
+
+
+def test_writers_queue_in_a_pool(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    pools = {
+        node.key.to_user_string(): node.pools
+        for node in graph.asset_nodes
+        if node.key.to_user_string() in {"historical_events", "arrived_events", "user_rfm"}
+    }
+    assert all(found == {"duckdb_writer"} for found in pools.values())
+    assert len(pools) == 3
