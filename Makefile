@@ -34,7 +34,7 @@ ui: setup  ## serve the Dagster UI and its daemon on port 3000
 	$(BIN)/behavior-pipeline ui
 
 bench: setup  ## run the benchmarks; one JSON line per figure
-	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/figures.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
 lint: setup  ## types, style, seams, SQL
 	$(BIN)/ruff check .
