@@ -159,7 +159,9 @@ def lookup(user: str, source: Source = None, data_root: DataRoot = None) -> None
 
     opened = _open(_given(source=source, data_root=data_root))
     features = read_user(opened.storage, user)
-    table = Table("feature", "value", title=f"user {user}", title_justify="left")
+    table = Table(title=f"user {user}", title_justify="left")
+    table.add_column("feature", overflow="fold")
+    table.add_column("value", overflow="fold")
     for name, value in features.items():
         table.add_row(name, _short(value))
     console.print(table)

@@ -78,7 +78,7 @@ def _warehouse(storage: Storage, settings: Settings) -> Vocabulary:
 def _tokenizing(storage: Storage, settings: Settings, vocabulary: Vocabulary) -> dict[str, object]:
     """Token sequences of everybody, beside pandas' map and groupby on the same columns."""
     folder = storage.sequences(CUTOFF)
-    known = vocabulary.values
+    known = vocabulary.values  # noqa: PD011 - not of pandas
     ids = {
         column: {value: place + 4 for place, value in enumerate(known[field])}
         for field, column in (
