@@ -149,3 +149,18 @@ def test_daily_activity(marts: duckdb.DuckDBPyConnection):
         "WHERE activity_date = '2024-02-16' ORDER BY ALL",
     )
     assert found == [("purchase", 2, 1, 15.5), ("view", 1, 1, 0.0)]
+
+
+def test_a_night_at_the_end_of_the_data_knows_the_labels_before_it(compiled: CompiledModels):
+    """The night's last event lies hours before the midnight that is its cutoff."""
+    known = [row for row in EVENTS if row["occurred_at"] < LIVE_CUTOFF]
+    with compiled.run(known) as connection:
+        found = rows(
+            connection,
+            "SELECT observation_cutoff, user_id, is_churned FROM labels ORDER BY ALL",
+        )
+    assert found == [
+        (TRAIN_CUTOFF, "ann", False),
+        (TRAIN_CUTOFF, "cyd", True),
+        (TEST_CUTOFF, "ann", False),
+    ]

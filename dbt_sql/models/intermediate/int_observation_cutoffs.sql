@@ -43,7 +43,10 @@ final as (
             cast(dated.cutoff_date + {{ var('horizon_days') | int }} as timestamp)
             <= {{ utc_timestamp('span.last_event_at') }},
             false
-        ) as is_label_complete
+        )
+        -- A night knows what came before its own cutoff, also when nothing has come after it yet.
+        or dated.cutoff_date + {{ var('horizon_days') | int }} <= max(dated.cutoff_date) over ()
+            as is_label_complete
     from dated
     cross join span
 
