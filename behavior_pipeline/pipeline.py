@@ -62,12 +62,19 @@ def open_pipeline(**overrides: Any) -> Pipeline:
         overrides: settings that win over `pipeline.yaml` and the environment.
 
     Raises:
-        PipelineError: if a setting or the preset is not valid.
+        PipelineError: if a setting or the preset is not valid, or the home cannot be made.
     """
     settings = load_settings(**overrides)
     preset = _with_windows(load_preset(settings.source), settings)
     home = settings.data_root.absolute() / preset.name
-    return Pipeline(settings, preset, Storage(make_private_folder(home)))
+    try:
+        make_private_folder(home)
+    except OSError as error:
+        raise PipelineError(
+            f"The folder '{home}' cannot be made: {error.strerror}.",
+            "Choose another place with --data-root, BEHAVIOR_DATA_ROOT or `data_root:`.",
+        ) from None
+    return Pipeline(settings, preset, Storage(home))
 
 
 def _with_windows(preset: Preset, settings: Settings) -> Preset:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -18,6 +19,9 @@ from pydantic_settings import (
 from behavior_pipeline.errors import PipelineError
 
 SETTINGS_FILE = "pipeline.yaml"
+
+MemoryLimit = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? ?[KMGT]i?B$")]
+"""A size as DuckDB reads it, such as 3GB or 512MiB."""
 
 
 class Settings(BaseSettings):
@@ -33,12 +37,14 @@ class Settings(BaseSettings):
         None, description="file, folder or glob of raw events; may hold {date} for nightly arrivals"
     )
     seed: int = Field(0, description="every random choice derives from it")
-    partitions_start: str = Field("2005-01-01", description="first nightly partition, YYYY-MM-DD")
+    partitions_start: date = Field(
+        date(2005, 1, 1), description="first nightly partition, YYYY-MM-DD"
+    )
 
     horizon_days: int | None = Field(None, description="overrides the preset's label window")
     lookback_days: int | None = Field(None, description="overrides the preset's population window")
 
-    memory_limit: str = Field("3GB", description="DuckDB's memory before it spills to disk")
+    memory_limit: MemoryLimit = Field("3GB", description="DuckDB's memory before it spills to disk")
     threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of DuckDB and torch")
     num_buckets: PositiveInt = Field(8, description="buckets of users: what is in memory at once")
 
@@ -93,5 +99,9 @@ def load_settings(**overrides: object) -> Settings:
             f"The setting '{name}' is not valid: {first['msg']}.",
             f"Correct it in {SETTINGS_FILE}, in BEHAVIOR_{name.upper()} or on the command line.",
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{SETTINGS_FILE} is not valid YAML: {error}") from None
+    except (ValueError, TypeError):  # raised by pydantic-settings for YAML that is no mapping
+        raise PipelineError(
+            f"{SETTINGS_FILE} holds no settings.", "Write one `name: value` per line."
+        ) from None

@@ -6,7 +6,7 @@ import dagster as dg
 
 from behavior_pipeline.settings import load_settings
 
-nights = dg.DailyPartitionsDefinition(start_date=load_settings().partitions_start)
+nights = dg.DailyPartitionsDefinition(start_date=f"{load_settings().partitions_start}")
 
 ONE_NIGHT_A_RUN = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
 """A backfill of many nights is one run a night."""

@@ -177,7 +177,13 @@ def load_preset(source: str) -> Preset:
             f"There is no preset '{source}', and no YAML file of that name.",
             f"Use one of {', '.join(preset_names())}, or the path of your own preset.",
         )
-    return parse_preset(path.read_text(), str(path))
+    try:
+        return parse_preset(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise PipelineError(
+            f"The preset {path} is not a UTF-8 text: {error.reason} at byte {error.start}.",
+            "Save it as UTF-8.",
+        ) from None
 
 
 def parse_preset(text: str, origin: str) -> Preset:

@@ -119,3 +119,10 @@ def test_the_document_names_every_key_and_reason() -> None:
 def test_an_unknown_key_is_named() -> None:
     with pytest.raises(PipelineError, match=r"columns\.color"):
         parse_preset(EXAMPLES[0].replace("  context:", "  color:"), "my.yaml")
+
+
+def test_a_preset_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_bytes("name: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(PipelineError, match=r"shop\.yaml is not a UTF-8 text"):
+        load_preset(str(path))
