@@ -13,6 +13,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.windows import parse_cutoff
@@ -51,13 +52,19 @@ def shows_mistakes(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except PipelineError as mistake:
-            errors.print(f"[bold red]Error:[/] {mistake}", highlight=False, soft_wrap=True)
+            _complain("Error:", mistake)
             raise typer.Exit(USER_MISTAKE) from None
         except RuntimeError as failure:
-            errors.print(f"[bold red]Failed:[/] {failure}", highlight=False, markup=False)
+            _complain("Failed:", failure)
             raise typer.Exit(FAILURE) from None
 
     return wrapper
+
+
+def _complain(heading: str, reason: Exception) -> None:
+    """Print a message as it is: brackets in a path or a value are no markup."""
+    text = Text.assemble((heading, "bold red"), " ", str(reason))
+    errors.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -147,7 +154,8 @@ def simulate(
     with progress_bar("simulating", console) as report:
         summary = write_simulation(out, users, days, seed, start.date(), events, report)
     console.print(
-        f"{summary.num_events:,} simulated events of {summary.num_users:,} users in {out}"
+        f"{summary.num_events:,} simulated events of {summary.num_users:,} users in {out}",
+        markup=False,
     )
 
 
@@ -159,11 +167,11 @@ def lookup(user: str, source: Source = None, data_root: DataRoot = None) -> None
 
     opened = _open(_given(source=source, data_root=data_root))
     features = read_user(opened.storage, user)
-    table = Table(title=f"user {user}", title_justify="left")
+    table = Table(title=Text(f"user {user}"), title_justify="left")
     table.add_column("feature", overflow="fold")
     table.add_column("value", overflow="fold")
     for name, value in features.items():
-        table.add_row(name, _short(value))
+        table.add_row(name, Text(_short(value)))
     console.print(table)
 
 
@@ -234,7 +242,7 @@ def _show_comparison(folder: Path) -> None:
     from behavior_pipeline.storage import read_json
 
     console.print(comparison_table(read_json(folder / "comparison.json")))
-    console.print(f"The whole report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"The whole report: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _open(overrides: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from behavior_pipeline.encoder.live import checkpoint_folder
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
-from behavior_pipeline.settings import Settings, load_settings
+from behavior_pipeline.settings import SETTINGS_FILE, Settings, load_settings
 from behavior_pipeline.storage import Storage, make_private_folder, remove_leftovers
 from behavior_pipeline.terminal import Terminal, set_active
-from behavior_pipeline.windows import EvaluationWindows, default_cutoff, partition_of
+from behavior_pipeline.windows import EvaluationWindows, cutoff_of, default_cutoff, partition_of
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 POLL_SECONDS = 0.5
+BLOCKED = "DagsterAssetCheckFailedError"  # a class that Dagster does not export
 
 PID_TAG = ".dagster/behavior_pipeline_pid"  # tags of this prefix are hidden in the UI
 STARTED_TAG = ".dagster/behavior_pipeline_started"
@@ -137,13 +138,33 @@ def execute(
     """Execute a job for a night and show its steps.
 
     Raises:
-        PipelineError: the user's mistake that a step ran into.
+        PipelineError: the user's mistake that a step ran into, or a night before the first one.
         RuntimeError: if a step failed for another reason, or a blocking check held the run back.
     """
-    dagster_home(load_settings(**overrides))
-    with dg.DagsterInstance.get() as instance:
+    settings = load_settings(**overrides)
+    dagster_home(settings)
+    with dg.DagsterInstance.get() as instance, _as_of(partition, settings):
         close_dead_runs(instance)
         _execute(instance, job, partition, overrides, console)
+
+
+@contextmanager
+def _as_of(partition: str | None, settings: Settings) -> Iterator[None]:
+    """Let a night be one, also where its events are dated later than this machine's clock.
+
+    Raises:
+        PipelineError: if the night lies before the first partition.
+    """
+    if partition is None:
+        yield
+        return
+    if partition < f"{settings.partitions_start}":
+        raise PipelineError(
+            f"The night {partition} lies before the first one, {settings.partitions_start}.",
+            f"Set partitions_start, in {SETTINGS_FILE} or BEHAVIOR_PARTITIONS_START, earlier.",
+        )
+    with dg.partition_loading_context(max(datetime.now(UTC), cutoff_of(partition))):
+        yield
 
 
 def close_dead_runs(instance: dg.DagsterInstance) -> int:
@@ -193,9 +214,11 @@ def _raise_cause(result: dg.ExecuteInProcessResult) -> None:
             error = error.cause
         if error is not None and error.cls_name == PipelineError.__name__:
             raise PipelineError(error.message.split(": ", 1)[-1].strip())
+        if error is not None and error.cls_name == BLOCKED:
+            break  # the check's own line has said what it found
         detail = error.to_string() if error is not None else str(event.message)
         raise RuntimeError(f"The step {event.step_key} failed.\n{detail}")
-    raise RuntimeError("A blocking check held the run back; the Dagster UI shows which.")
+    raise RuntimeError("A blocking check held the run back; its line above says what it found.")
 
 
 def _process_tags() -> dict[str, str]:

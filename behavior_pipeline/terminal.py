@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -38,7 +39,8 @@ class Terminal:
     def show_failed_check(self, name: str, found: str, *, is_blocking: bool) -> None:
         """Print the line of a check that did not pass."""
         mark = "[red]✗ held back by" if is_blocking else "[yellow]! check"
-        self.console.print(f"{mark}[/] {name}  [dim]{found}[/]", highlight=False, soft_wrap=True)
+        text = f"{mark}[/] {name}  [dim]{escape(found)}[/]"
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 _active: Terminal | None = None

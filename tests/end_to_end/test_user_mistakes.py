@@ -137,6 +137,18 @@ def test_looking_up_before_anything_is_published_is_explained(folder: Path) -> N
     assert folder.is_dir()
 
 
+def test_brackets_are_shown_as_they_are(folder: Path) -> None:
+    assert_explained(run("--path", str(folder / "[bold][/x].csv")), ["[bold][/x].csv"])
+
+
+def test_a_night_before_the_first_is_explained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOR_PARTITIONS_START", "2026-02-01")
+    assert_explained(run("--cutoff", "2026-01-20"), ["2026-01-19", "partitions_start"])
+    assert folder.is_dir()
+
+
 def test_the_program_itself_ends_with_code_2_and_without_a_traceback(folder: Path) -> None:
     command = [sys.executable, "-m", "behavior_pipeline.cli", "run", "--source", "mine.yaml"]
     done = subprocess.run(
