@@ -55,6 +55,8 @@ telemetry:
 nux:
   enabled: false
 concurrency:
+  runs:
+    max_concurrent_runs: 1  # a home has one warehouse: nights of a backfill follow one another
   pools:
     default_limit: 1      # DuckDB, the online store and the machine's cores have one user each
     granularity: op
@@ -239,6 +241,8 @@ def _is_alive(tags: Mapping[str, str]) -> bool:
 def serve(settings: Settings, host: str, port: int) -> None:
     """Serve Dagster's web page and its daemon until one of them ends or Ctrl-C."""
     dagster_home(settings)
+    with dg.DagsterInstance.get() as instance:
+        close_dead_runs(instance)  # a run that was killed would hold back the queue for ever
     tool = [sys.executable, "-m"]
     page = [*tool, "dagster_webserver", "-w", str(WORKSPACE), "-h", host, "-p", str(port)]
     daemon = [*tool, "dagster._daemon", "run", "-w", str(WORKSPACE)]

@@ -1,11 +1,13 @@
 """What the command line makes of Dagster's runs."""
 
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
 from behavior_pipeline.defs.partitions import nights
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.runs import _as_of, _raise_cause
+from behavior_pipeline.runs import _as_of, _raise_cause, dagster_home
 from behavior_pipeline.settings import Settings
 
 LATER_THAN_ANY_CLOCK = "2999-01-01"
@@ -52,3 +54,12 @@ def test_a_mistake_keeps_its_words() -> None:
     with pytest.raises(PipelineError) as caught:
         _raise_cause(failed_run(spoilt))
     assert str(caught.value) == "The file 'a: b' is empty.\nFill it."
+
+
+def test_nights_of_a_backfill_follow_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    dagster_home(Settings())
+    with dg.DagsterInstance.get() as instance:
+        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 1

@@ -58,13 +58,14 @@ def export_marts(
         Rows by mart, `events_sessionized` and `<cutoff folder>/<mart>`.
 
     Raises:
-        PipelineError: if there is no warehouse yet.
+        PipelineError: if there is no warehouse yet, or it was built for another night.
     """
     if not storage.warehouse.is_file():
         raise PipelineError(f"There is no warehouse at {storage.warehouse}.", "Build it first.")
     spill = storage.scratch / "spill"
     with open_engine(settings.memory_limit, settings.threads, spill) as connection:
         connection.execute(f"ATTACH {quote_text(str(storage.warehouse))} AS {_CATALOG} (READ_ONLY)")
+        _check_night(connection, windows)
         num_steps = settings.num_buckets + len(windows.cutoffs)
 
         def report_step(done: int, _total: int, message: str) -> None:
@@ -76,6 +77,26 @@ def export_marts(
             rows |= _export_cutoff(connection, storage.marts(cutoff), cutoff)
             report(step, num_steps, storage.marts(cutoff).name)
     return rows
+
+
+def _check_night(connection: duckdb.DuckDBPyConnection, windows: EvaluationWindows) -> None:
+    """Refuse a warehouse whose cutoffs are not the night's.
+
+    Rows of the wanted cutoffs might be there all the same, beside propensity targets that were
+    chosen at another train cutoff.
+    """
+    built = connection.execute(
+        f"SELECT observation_cutoff, is_train_cutoff FROM {_CATALOG}.main.int_observation_cutoffs "
+        "ORDER BY observation_cutoff"
+    ).fetchall()
+    wanted = [(cutoff, cutoff == windows.train_cutoff) for cutoff in windows.cutoffs]
+    if built != wanted:
+        days = ", ".join(f"{cutoff:%Y-%m-%d}" for cutoff, _ in built)
+        raise PipelineError(
+            f"The warehouse was built for the cutoffs {days}, not for the night that ends at "
+            f"{windows.cutoff:%Y-%m-%d}.",
+            "Build it for this night first; nights follow one another.",
+        )
 
 
 def user_aggregates_contract(connection: duckdb.DuckDBPyConnection) -> Contract:

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from warehouse_builders import LIVE_CUTOFF, TEST_CUTOFF, TRAIN_CUTOFF, Built, shop_events
+from warehouse_builders import (
+    LIVE_CUTOFF,
+    TEST_CUTOFF,
+    TRAIN_CUTOFF,
+    Built,
+    make_windows,
+    shop_events,
+)
 
 from behavior_pipeline.contracts import (
     EVENTS_SESSIONIZED,
@@ -22,6 +30,7 @@ from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
 from behavior_pipeline.warehouse import export
 from behavior_pipeline.warehouse.export import export_marts
+from behavior_pipeline.windows import EvaluationWindows
 
 CUTOFFS = (TRAIN_CUTOFF, TEST_CUTOFF, LIVE_CUTOFF)
 
@@ -131,3 +140,18 @@ def test_a_failure_leaves_the_old_marts(built: Built, monkeypatch: pytest.Monkey
 def test_without_a_warehouse_the_message_says_so(settings: Settings, storage: Storage):
     with pytest.raises(PipelineError, match="no warehouse"):
         export_marts(storage, settings, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "night",
+    [
+        make_windows(),
+        replace(make_windows(LIVE_CUTOFF), train_cutoff=TEST_CUTOFF, test_cutoff=TRAIN_CUTOFF),
+    ],
+    ids=["fewer cutoffs", "another train cutoff"],
+)
+def test_a_warehouse_of_another_night_is_refused(built: Built, night: EvaluationWindows):
+    before = sorted(built.storage.home.rglob("*.parquet"))
+    with pytest.raises(PipelineError, match="built for the cutoffs 2024-03-01, 2024-03-11"):
+        export_marts(built.storage, built.settings, night)
+    assert sorted(built.storage.home.rglob("*.parquet")) == before
