@@ -9,7 +9,7 @@ from behavior_pipeline.defs.partitions import ENCODER
 from behavior_pipeline.defs.resources import PipelineResource
 from behavior_pipeline.encoder.checkpoints import write_untrained
 from behavior_pipeline.encoder.configuration import TrainingConfig
-from behavior_pipeline.encoder.live import LIVE, UNTRAINED, point_to
+from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder, point_to
 from behavior_pipeline.encoder.train import train
 from behavior_pipeline.pipeline import Pipeline
 
@@ -59,14 +59,19 @@ def checkpoint(
     )
 
 
-@dg.asset(group_name="encoder", deps=["vocabulary"], kinds={"pytorch"})
+@dg.asset(group_name="encoder", deps=[checkpoint], kinds={"pytorch"})
 def untrained_checkpoint(pipeline: PipelineResource) -> dg.MaterializeResult[None]:
-    """The same architecture with random weights: a strong control, always printed."""
+    """The same architecture with random weights: a strong control, always printed.
+
+    Made after the live checkpoint and with its vocabulary, so that a pretraining that fails halfway
+    leaves the nights the pair that they had.
+    """
     opened = pipeline.open()
     storage = opened.storage
     settings = opened.settings
+    vocabulary = checkpoint_folder(storage.checkpoints)
     folder = write_untrained(
-        storage.vocabulary, storage.checkpoints, settings.encoder_preset, settings.seed
+        vocabulary, storage.checkpoints, settings.encoder_preset, settings.seed
     )
     point_to(storage.checkpoints, UNTRAINED, folder.name)
     return dg.MaterializeResult(metadata={"checkpoint_id": folder.name})
