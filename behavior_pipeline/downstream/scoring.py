@@ -203,7 +203,10 @@ def _score_buckets(
 
 
 def _join(engine: duckdb.DuckDBPyConnection, file: Path, rfm: Path) -> pa.RecordBatchReader:
-    """Return the users of one bucket who are in the population, with vector and RFM."""
+    """Return the users of one bucket who are in the population, with vector and RFM, by id.
+
+    In order, because the last bit of a product of matrices depends on the rows beside it.
+    """
     query = """
         select
             embeddings.user_id, embeddings.embedding,
@@ -213,6 +216,7 @@ def _join(engine: duckdb.DuckDBPyConnection, file: Path, rfm: Path) -> pa.Record
         from read_parquet($file, hive_partitioning = false) as embeddings
         join read_parquet($rfm) as rfm using (user_id)
         where rfm.is_in_population and embeddings.user_id <> $reserved
+        order by user_id
     """
     values: dict[str, Any] = {"file": str(file), "rfm": str(rfm), "reserved": COLD_START_USER}
     return engine.execute(query, values).to_arrow_reader(BATCH_ROWS)

@@ -23,10 +23,11 @@ from downstream_builders import (
 from sklearn.metrics import roc_auc_score
 
 from behavior_pipeline.contracts import COLD_START_USER, PREDICTIONS, SEGMENTS
-from behavior_pipeline.downstream.scoring import label_cutoff, score
+from behavior_pipeline.downstream.scoring import _join, label_cutoff, score
 from behavior_pipeline.downstream.segmentation import segment
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.settings import Settings
+from behavior_pipeline.sql import open_engine
 from behavior_pipeline.storage import Storage
 
 SETTINGS = Settings(threads=2, num_segments=3, bootstrap_samples=10)
@@ -226,3 +227,21 @@ def write_rfm_of_two_kinds(storage: Storage, num_good: int, num_lost: int) -> No
     columns["monetary"] = [500.0] * num_good + [5.0] * num_lost
     columns["last_qualifying_at"] = [TEST - timedelta(days=d) for d in columns["recency_days"]]
     pq.write_table(pa.table(columns).cast(table.schema), path)
+
+
+def test_users_are_scored_in_order_whatever_the_threads(tmp_path: Path) -> None:
+    """Beside other rows a matrix product may differ in its last bit."""
+    users = [f"user-{number:06d}" for number in range(120_000)]
+    vectors = pa.table({"user_id": users, "embedding": pa.array([[0.0, 1.0]] * len(users))})
+    rfm = pa.table(
+        {
+            "user_id": users,
+            "is_in_population": [True] * len(users),
+            **dict.fromkeys(("recency_days", "frequency", "monetary"), [1.0] * len(users)),
+        }
+    )
+    pq.write_table(vectors, tmp_path / "vectors.parquet", row_group_size=4096)
+    pq.write_table(rfm, tmp_path / "rfm.parquet", row_group_size=4096)
+    with open_engine("1GB", 4, tmp_path) as engine:
+        reader = _join(engine, tmp_path / "vectors.parquet", tmp_path / "rfm.parquet")
+        assert [user for batch in reader for user in batch["user_id"].to_pylist()] == users
