@@ -45,7 +45,7 @@ def most_recent(
                 where occurred_at < $cutoff and user_id in (select user_id from wanted)
                 group by user_id
             """
-            values = {"files": str(folder / "*.parquet"), "cutoff": cutoff}
+            values = {"files": sorted(map(str, folder.glob("*.parquet"))), "cutoff": cutoff}
             found = engine.execute(query, values).to_arrow_table()
             places = pc.index_in(found["user_id"], value_set=user_ids).to_numpy()
             types[places] = found["event_type"].to_numpy()

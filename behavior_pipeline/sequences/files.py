@@ -119,7 +119,8 @@ def _bucket_folders(events_sessionized: Path) -> list[tuple[int, Path]]:
 
 def _events_before(bucket: Path, cutoff: datetime) -> pl.DataFrame:
     """Read what tokens need of a bucket's events before the cutoff."""
-    events = pl.scan_parquet(bucket / "*.parquet", hive_partitioning=False)
+    files = sorted(bucket.glob("*.parquet"))
+    events = pl.scan_parquet(files, hive_partitioning=False, glob=False)
     return events.filter(pl.col("occurred_at") < cutoff).select(EVENT_COLUMNS).collect()
 
 

@@ -151,7 +151,8 @@ def _open_events(
 ) -> None:
     """Name the countable events `events`."""
     folder = storage.events_sessionized
-    if not any(folder.glob("user_bucket=*/*.parquet")):
+    files = sorted(str(path) for path in folder.glob("user_bucket=*/*.parquet"))
+    if not files:
         raise PipelineError(
             f"There are no sessionized events in {folder}.", "Build the warehouse first."
         )
@@ -160,10 +161,7 @@ def _open_events(
         "create table bounds as select ?::timestamptz as trained_through, ?::varchar[] as ignored",
         [trained_through, list(ignored_event_types)],
     )
-    relation = connection.read_parquet(
-        str(folder / "user_bucket=*" / "*.parquet"), hive_partitioning=False
-    )
-    relation.create_view("all_events")
+    connection.read_parquet(files, hive_partitioning=False).create_view("all_events")
     connection.execute(
         "create view events as select all_events.* from all_events, bounds "
         "where occurred_at < trained_through and not list_contains(ignored, event_type)"

@@ -9,6 +9,7 @@ import pytest
 from sequence_builders import CUTOFF, START, event, events_frame, write_events_sessionized
 
 from behavior_pipeline.contracts import SEQUENCES
+from behavior_pipeline.downstream.naive import most_recent
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.sequences import files
 from behavior_pipeline.sequences.files import sequence_files, write_sequences
@@ -94,3 +95,13 @@ def test_mistakes_are_named(storage: Storage, settings: Settings, vocabulary: Vo
     elsewhere = Storage(storage.home / "elsewhere")
     with pytest.raises(PipelineError, match="no sessionized events"):
         write_sequences(elsewhere, settings, vocabulary, CUTOFF, storage.sequences(START))
+
+
+def test_a_home_may_be_called_anything(tmp_path: Path, settings: Settings) -> None:
+    storage = Storage(tmp_path / "shop's {new} [home]")
+    write_events_sessionized(storage, events_frame(ROWS))
+    built = build_vocabulary(storage, settings, (), CUTOFF)
+    summary = write_sequences(storage, settings, built, CUTOFF, storage.sequences(CUTOFF))
+    assert summary.num_users == 8
+    users = pa.array(["u1", "unknown"])
+    assert most_recent(storage, settings, CUTOFF, users).to_pylist() == ["view", None]
