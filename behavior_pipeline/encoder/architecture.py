@@ -6,6 +6,7 @@ Legend of shapes: B users, T events, D width, K history scalars, S = D + K width
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -26,6 +27,17 @@ from behavior_pipeline.encoder.time_encoding import RotaryClock, TimeEncoding, r
 
 NUM_SCALARS = len(HISTORY_SCALARS) + len(SILENCE_SCALARS)
 """How many of an embedding's first dimensions carry named scalars (history, then silence)."""
+
+
+@dataclass(frozen=True)
+class CausalPass:
+    """A batch's events before and after the causal transformer, (B, T, D) each.
+
+    What stands at a place depends on no event after it, so the pass can be pooled at every one.
+    """
+
+    events: Tensor
+    hidden: Tensor
 
 
 class Block(nn.Module):
@@ -70,22 +82,24 @@ class Block(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Hidden states of a history as one summary (B, D).
+    """A history as one summary (B, D).
 
     Reads the last hidden state, the mean, and the mean weighted by exp(-days before the last
-    event / recent_days), each normalised, through one linear layer.
+    event / recent_days), and the same two means of the events as they were before the transformer,
+    each normalised, through one linear layer. The events' own means keep what a user did readable
+    whatever the transformer makes of it.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.recent_days = config.recent_days
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
-        self.mix = nn.Linear(3 * config.width, config.width)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(5))
+        self.mix = nn.Linear(5 * config.width, config.width)
 
-    def forward(self, hidden: Tensor, gap_days: Tensor, lengths: Tensor) -> Tensor:
-        """Pool hidden states (B, T, D) over the events of each history."""
+    def forward(self, passed: CausalPass, gap_days: Tensor, lengths: Tensor) -> Tensor:
+        """Pool a pass over the first `lengths` (B,) events of each history."""
         ago, valid = days_before_last(gap_days, lengths)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
+        places = torch.arange(gap_days.shape[1], device=gap_days.device)
         weights = torch.stack(
             (
                 (places == (lengths - 1)[:, None]).float(),
@@ -95,7 +109,9 @@ class Pooling(nn.Module):
             dim=1,
         )
         weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
-        pooled = weights.to(hidden.dtype) @ hidden
+        weights = weights.to(passed.hidden.dtype)
+        means = weights[:, 1:] @ passed.events.to(weights.dtype)
+        pooled = torch.cat((weights @ passed.hidden, means), dim=1)
         normed = [norm(pooled[:, place]) for place, norm in enumerate(self.norms)]
         summary: Tensor = self.mix(torch.cat(normed, dim=1))
         return summary
@@ -208,12 +224,12 @@ class Encoder(nn.Module):
         ids |= {name: values for name, values in optional.items() if values is not None}
         _check_shapes(ids, time_gaps)
         batch = EventBatch.from_tensors(ids, time_gaps, silence_days, before)
-        hidden = self.hidden_states(batch)
-        state = self.pool(hidden, batch)
+        passed = self.causal_pass(batch)
+        state = self.pool(passed, batch)
         return {
             "embedding": self.readout(state, batch.silence_days),
             "state": state,
-            "hidden": hidden,
+            "hidden": passed.hidden,
         }
 
     def hidden_states(self, batch: EventBatch, *, is_causal: bool = True) -> Tensor:
@@ -223,7 +239,15 @@ class Encoder(nn.Module):
             batch: events, right padded.
             is_causal: whether an event sees only itself and those before, or all of its user's.
         """
-        x = self.embedder(batch.ids, batch.gap_days)
+        return self._transform(self.embedder(batch.ids, batch.gap_days), batch, is_causal)
+
+    def causal_pass(self, batch: EventBatch) -> CausalPass:
+        """Run the transformer forwards; keep what went in beside what came out."""
+        events = self.embedder(batch.ids, batch.gap_days)
+        return CausalPass(events, self._transform(events, batch, is_causal=True))
+
+    def _transform(self, x: Tensor, batch: EventBatch, is_causal: bool) -> Tensor:
+        """Return hidden states (B, T, D) of embedded events (B, T, D)."""
         turn = self.clock(elapsed_days(batch.gap_days))
         keys = None if is_causal else _key_mask(batch.lengths, x.shape[1])
         for block in self.blocks:
@@ -231,15 +255,19 @@ class Encoder(nn.Module):
         hidden: Tensor = self.final_norm(x)
         return hidden
 
-    def pool(self, hidden: Tensor, batch: EventBatch) -> Tensor:
-        """Return states (B, S): a summary of the causal hidden states, then history scalars."""
+    def pool(self, passed: CausalPass, batch: EventBatch) -> Tensor:
+        """Return states (B, S): a summary of the pass, then history scalars.
+
+        Reads the first `batch.lengths` events of each row: with smaller lengths than the pass was
+        made with, these are the states that the users had at an earlier moment.
+        """
         history = history_scalars(batch.gap_days, batch.lengths, batch.before)
-        summary = self.pooling(hidden, batch.gap_days, batch.lengths)
+        summary = self.pooling(passed, batch.gap_days, batch.lengths)
         return torch.cat((summary.float(), history), dim=1)
 
     def encode_state(self, batch: EventBatch) -> Tensor:
         """Return states (B, S) float32 after the last events; they do not depend on a cutoff."""
-        return self.pool(self.hidden_states(batch), batch)
+        return self.pool(self.causal_pass(batch), batch)
 
     def readout(self, state: Tensor, silence_days: Tensor) -> Tensor:
         """Return embeddings (B, D) float32 of states (B, S) so many days (B,) after their ends."""

@@ -97,8 +97,8 @@ class ObjectiveWeights:
 
     masked_event: float = 0.5  # fill in hidden events from both sides
     next_event: float = 0.5  # action, category, item and time of the next event
-    contrastive: float = 0.25  # two time windows of one user resemble each other
-    silence: float = 1.0  # from the readout at a random cutoff: what comes, and when
+    contrastive: float = 1.0  # two time windows of one user resemble each other
+    silence: float = 0.5  # from the readout at a random cutoff: what comes, and when
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ class TrainingConfig:
     max_steps: int = 700  # optimiser steps at the most
     max_passes: float = 3.5  # passes over the events at the most, but at least MIN_STEPS steps
     batch_tokens: int = 3072  # padded tokens of histories in a step, at the most
-    learning_rate: float = 1e-3  # at the end of warm-up
+    learning_rate: float = 2e-3  # at the end of warm-up
     warmup_share: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.05  # of matrices; none on biases, norms and tables
     gradient_norm: float = 1.0  # gradients are clipped to this norm
     horizon_days: float = 30.0  # how far ahead the readout at a cutoff learns to look
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
+    cutoffs_per_user: int = 3  # cutoffs read out from one pass over a user's events
     mask_share: float = 0.15  # share of events hidden by the masked-event objective
     masked_row_share: float = 0.25  # share of a batch's users in the masked-event pass
     max_future_events: int = 48  # events of a contrastive window after the cutoff

@@ -44,6 +44,7 @@ MAX_BATCH_USERS: Final = 512
 """Users in a batch at the most, however short their histories."""
 
 _HASH_RANGE: Final = 10_000
+_RARE_SHARE: Final = 0.01  # how often an unseen window target occurs for the imagined user
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,46 @@ def plan_cutoffs(survey: Survey, config: TrainingConfig) -> CutoffPlan:
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
-    """B users, each cut at a random moment.
+class CutLabels:
+    """One cutoff of each of B users: what was known then, and what came.
 
     Attributes:
-        history: events before the cutoff; empty for users who came later.
-        future: events from the cutoff on, as if they were all there is.
+        lengths: how many of the batch's `history` events are before the cutoff, (B,) int64.
+        silence_days: days from the last of them to the cutoff, 0 without one, (B,) float32.
         next_time: class of the time from the cutoff to the next event, (B,) int64.
         window: per field, which of the lowest ids occur in the label window, (B, V') float32.
+    """
+
+    lengths: Tensor
+    silence_days: Tensor
+    next_time: Tensor
+    window: Mapping[str, Tensor]
+
+    def to(self, device: torch.device | str) -> CutLabels:
+        """Return the labels on a device."""
+        return CutLabels(
+            self.lengths.to(device),
+            self.silence_days.to(device),
+            self.next_time.to(device),
+            {field: values.to(device) for field, values in self.window.items()},
+        )
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """B users, each cut at random moments.
+
+    Attributes:
+        history: events before the latest cutoff; empty for users who came later.
+        future: events from the latest cutoff on, as if they were all there is.
+        cuts: the labels at each of the cutoffs, the latest first.
         typical_users: users of an average batch: what sums over users are divided by, so that
             users count alike in batches of short and of long histories.
     """
 
     history: EventBatch
     future: EventBatch
-    next_time: Tensor
-    window: Mapping[str, Tensor]
+    cuts: tuple[CutLabels, ...]
     typical_users: float
 
     def to(self, device: torch.device | str) -> TrainingBatch:
@@ -96,8 +121,7 @@ class TrainingBatch:
             self,
             history=self.history.to(device),
             future=self.future.to(device),
-            next_time=self.next_time.to(device),
-            window={field: values.to(device) for field, values in self.window.items()},
+            cuts=tuple(cut.to(device) for cut in self.cuts),
         )
 
     @property
@@ -112,6 +136,20 @@ def window_sizes(encoder: EncoderConfig, config: TrainingConfig) -> dict[str, in
         field: min(encoder.field_sizes[field] - NUM_SPECIAL_IDS, config.max_window_targets)
         for field in WINDOW_FIELDS
     }
+
+
+def window_rates(batches: Sequence[TrainingBatch]) -> dict[str, Tensor]:
+    """Return how often each window target occurs, per field (V',) inside (0, 1).
+
+    Shares of users and cutoffs, shrunk towards "hardly ever" by one imagined user.
+    """
+    cuts = [cut for batch in batches for cut in batch.cuts]
+    count = sum(len(cut.lengths) for cut in cuts)
+    totals = {
+        field: torch.stack([cut.window[field].sum(0) for cut in cuts]).sum(0)
+        for field in (cuts[0].window if cuts else ())
+    }
+    return {field: (total + _RARE_SHARE) / (count + 1) for field, total in totals.items()}
 
 
 def is_validation(user_ids: Sequence[str], share: float) -> NDArray[np.bool_]:
@@ -176,35 +214,54 @@ class BatchMaker:
     ) -> Iterator[TrainingBatch]:
         """Cut users at random moments; yield batches of like lengths in random order."""
         users = random.permutation(users)
-        cutoffs = random.integers(self.plan.earliest, self.plan.latest, len(users), endpoint=True)
-        cuts = Cuts.at(table, users, cutoffs, self.plan.horizon)
-        history = np.minimum(cuts.places - cuts.starts, self.max_events)
-        future = np.minimum(cuts.ends - cuts.places, self.config.max_future_events)
+        cuts = self._draw_cuts(table, users, random)
+        history = np.minimum(cuts[0].places - cuts[0].starts, self.max_events)
+        future = np.minimum(cuts[0].ends - cuts[0].places, self.config.max_future_events)
         padded = padded_length(history, self.max_events)
         parts = _split(np.lexsort((future, padded)), padded, self.config.batch_tokens)
         for index in random.permutation(len(parts)):
             part = parts[index]
-            batch = self._batch(table, cuts.take(part), history[part], future[part])
+            taken = [cut.take(part) for cut in cuts]
+            batch = self._batch(table, taken, history[part], future[part])
             yield replace(batch, typical_users=len(users) / len(parts))
 
+    def _draw_cuts(
+        self, table: SequenceTable, users: Ints, random: np.random.Generator
+    ) -> list[Cuts]:
+        """Draw moments for every user; return one cut of all users each, the latest first."""
+        shape = len(users), self.config.cutoffs_per_user
+        moments = random.integers(self.plan.earliest, self.plan.latest, shape, endpoint=True)
+        latest_first = np.sort(moments, axis=1)[:, ::-1].T.copy()
+        return [Cuts.at(table, users, column, self.plan.horizon) for column in latest_first]
+
     def _batch(
-        self, table: SequenceTable, cuts: Cuts, history: Ints, future: Ints
+        self, table: SequenceTable, cuts: list[Cuts], history: Ints, future: Ints
     ) -> TrainingBatch:
-        """Pad the events before and after the cuts and look up the labels."""
-        rows = len(history)
+        """Pad the events before and after the latest cut and look up the labels of all cuts."""
+        latest, rows = cuts[0], len(history)
+        first = latest.places - history
         shape = rows, int(padded_length(history, self.max_events).max())
-        past = pad(table, cuts.users, cuts.places - history, history, shape)
+        past = pad(table, latest.users, first, history, shape)
         shape = rows, int(padded_length(future, self.config.max_future_events).max())
-        ahead = pad(table, cuts.users, cuts.places, future, shape)
+        ahead = pad(table, latest.users, latest.places, future, shape)
         return TrainingBatch(
-            history=replace(past, silence_days=torch.from_numpy(cuts.silence_days(table))),
+            history=replace(past, silence_days=torch.from_numpy(latest.silence_days(table))),
             future=_as_beginning(ahead),
+            cuts=tuple(self._labels(table, cut, first) for cut in cuts),
+            typical_users=float(rows),
+        )
+
+    def _labels(self, table: SequenceTable, cuts: Cuts, first: Ints) -> CutLabels:
+        """Look up what is known and what comes at cuts; `first` is what histories begin with."""
+        return CutLabels(
+            # An earlier cut may lie before the newest events that were read: then none is known.
+            lengths=torch.from_numpy(np.maximum(cuts.places - first, 0)),
+            silence_days=torch.from_numpy(cuts.silence_days(table)),
             next_time=torch.from_numpy(cuts.next_time(table, self.plan.horizon)),
             window={
                 field: torch.from_numpy(cuts.window(table, field, size))
                 for field, size in self.window_sizes.items()
             },
-            typical_users=float(rows),
         )
 
 

@@ -14,10 +14,15 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from behavior_pipeline.contracts import PAD_ID
-from behavior_pipeline.encoder.architecture import Encoder
+from behavior_pipeline.encoder.architecture import CausalPass, Encoder
 from behavior_pipeline.encoder.batches import EventBatch
 from behavior_pipeline.encoder.configuration import TrainingConfig
-from behavior_pipeline.encoder.cutoffs import NEXT_TIME_SHARES, TrainingBatch, window_sizes
+from behavior_pipeline.encoder.cutoffs import (
+    NEXT_TIME_SHARES,
+    CutLabels,
+    TrainingBatch,
+    window_sizes,
+)
 from behavior_pipeline.encoder.embedder import FieldEmbedding, hide
 
 MAX_FULL_SOFTMAX: Final = 2000
@@ -27,7 +32,8 @@ FIELD_WEIGHTS: Final = {"action": 1.0, "category": 0.5, "item": 0.5}
 """What the fields of a predicted event count."""
 
 _TIME_WEIGHT: Final = 0.5
-_RARE_LOGIT: Final = -4.0  # a window target is rare: start its head near its base rate
+_RARE_LOGIT: Final = -4.0  # a window target is rare: where its head starts without a known rate
+_HEAD_SPREAD: Final = 1e-3  # of a window head's first weights: it starts at its biases
 
 
 def info_nce(left: Tensor, right: Tensor, temperature: float) -> Tensor:
@@ -248,17 +254,27 @@ class Silence(nn.Module):
         for head in self.window.values():
             assert isinstance(head, nn.Linear)  # noqa: S101 - built so
             nn.init.constant_(head.bias, _RARE_LOGIT)
+            nn.init.normal_(head.weight, std=_HEAD_SPREAD)
 
-    def forward(self, embedding: Tensor, batch: TrainingBatch, has_history: Tensor) -> Tensor:
-        """Return the loss of embeddings (B, D), over the users of an average batch."""
-        losses = F.cross_entropy(
-            self.next_time(embedding).float(), batch.next_time, reduction="none"
-        )
+    @torch.no_grad()
+    def start_from(self, rates: Mapping[str, Tensor]) -> None:
+        """Make the window heads predict how often each target occurs; `rates` are (V',) per field.
+
+        A few hundred steps cannot move a bias far: what it lacks the embedding would have to give.
+        """
         for field, head in self.window.items():
-            logits, targets = head(embedding).float(), batch.window[field]
+            assert isinstance(head, nn.Linear)  # noqa: S101 - built so
+            if field in rates:
+                head.bias.copy_(torch.logit(rates[field]))
+
+    def forward(self, embedding: Tensor, cut: CutLabels, typical_users: float) -> Tensor:
+        """Return the loss of embeddings (B, D) at a cutoff, over the users of an average batch."""
+        losses = F.cross_entropy(self.next_time(embedding).float(), cut.next_time, reduction="none")
+        for field, head in self.window.items():
+            logits, targets = head(embedding).float(), cut.window[field]
             each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
             losses = losses + each / targets.shape[1] ** 0.5
-        return (losses * has_history).sum() / batch.typical_users
+        return (losses * (cut.lengths > 0)).sum() / typical_users
 
 
 class Objectives(nn.Module):
@@ -275,20 +291,30 @@ class Objectives(nn.Module):
 
     def forward(self, encoder: Encoder, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the loss of each objective, and under `total` their weighted sum."""
-        past = encoder.hidden_states(batch.history)
-        ahead = encoder.hidden_states(batch.future)
-        embedding = _embed(encoder, past, batch.history)
+        past = encoder.causal_pass(batch.history)
+        ahead = encoder.causal_pass(batch.future)
+        embeddings = [_embed(encoder, past, _as_of(batch.history, cut)) for cut in batch.cuts]
         following = _embed(encoder, ahead, batch.future)
         has_history = batch.history.lengths > 0
         is_pair = has_history & (batch.future.lengths > 0)
         losses = {
             "masked_event": self._masked(encoder, batch),
-            "next_event": self._next(encoder, (past, batch.history), (ahead, batch.future)),
-            "contrastive": self.contrastive(embedding, following, is_pair),
-            "silence": self.silence(embedding, batch, has_history),
+            "next_event": self._next(
+                encoder, (past.hidden, batch.history), (ahead.hidden, batch.future)
+            ),
+            "contrastive": self.contrastive(embeddings[0], following, is_pair),
+            "silence": self._silence(embeddings, batch),
         }
         total = sum(getattr(self.weights, name) * loss for name, loss in losses.items())
         return {**losses, "total": torch.as_tensor(total)}
+
+    def _silence(self, embeddings: list[Tensor], batch: TrainingBatch) -> Tensor:
+        """Return the mean silence loss over a batch's cutoffs."""
+        losses = [
+            self.silence(embedding, cut, batch.typical_users)
+            for embedding, cut in zip(embeddings, batch.cuts, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
     def _next(self, encoder: Encoder, *parts: tuple[Tensor, EventBatch]) -> Tensor:
         """Return the next-event loss over several passes, each by its number of predictions."""
@@ -309,9 +335,14 @@ class Objectives(nn.Module):
         return loss
 
 
-def _embed(encoder: Encoder, hidden: Tensor, batch: EventBatch) -> Tensor:
-    """Return embeddings (B, D) from causal hidden states."""
-    return encoder.readout(encoder.pool(hidden, batch), batch.silence_days)
+def _embed(encoder: Encoder, passed: CausalPass, batch: EventBatch) -> Tensor:
+    """Return embeddings (B, D) from a causal pass."""
+    return encoder.readout(encoder.pool(passed, batch), batch.silence_days)
+
+
+def _as_of(history: EventBatch, cut: CutLabels) -> EventBatch:
+    """Return histories as they were known at a cutoff; what came later is beyond their lengths."""
+    return replace(history, lengths=cut.lengths, silence_days=cut.silence_days)
 
 
 def _every(batch: EventBatch, step: int) -> EventBatch:

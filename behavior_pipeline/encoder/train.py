@@ -27,7 +27,12 @@ from behavior_pipeline.encoder.checkpoints import (
     save_checkpoint,
 )
 from behavior_pipeline.encoder.configuration import PRESETS, EncoderConfig, TrainingConfig
-from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
+from behavior_pipeline.encoder.cutoffs import (
+    BatchMaker,
+    TrainingBatch,
+    plan_cutoffs,
+    window_rates,
+)
 from behavior_pipeline.encoder.inference import encode_files, read_out
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.sequence_files import Survey, sequence_files, survey
@@ -199,6 +204,7 @@ class _Run:
     def fit(self, report: Report, log: Callable[[dict[str, Any]], None] | None) -> None:
         """Take steps until they are used up or validation stops improving; keep the best."""
         validation = self.batches.validation()
+        self.objectives.silence.start_from(window_rates(validation))
         started = time.perf_counter()
         recent: list[Losses] = []
         for batch in self.batches.training():

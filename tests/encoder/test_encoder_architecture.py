@@ -8,7 +8,7 @@ import torch
 from encoder_builders import SIZES
 
 from behavior_pipeline.contracts import MASK_ID, PAD_ID
-from behavior_pipeline.encoder.architecture import NUM_SCALARS, Encoder
+from behavior_pipeline.encoder.architecture import NUM_SCALARS, CausalPass, Encoder
 from behavior_pipeline.encoder.batches import EventBatch
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.embedder import EventEmbedder, hide
@@ -94,6 +94,34 @@ def test_the_causal_pass_sees_no_future_and_the_other_does(encoder):
         assert (before[:, 8:] - after[:, 8:]).abs().max() > 1e-2
         both_ways = [encoder.hidden_states(b, is_causal=False)[:, :8] for b in (batch, changed)]
     assert (both_ways[0] - both_ways[1]).abs().max() > 1e-2
+
+
+def test_a_pass_pooled_at_an_earlier_event_is_the_state_of_that_moment(encoder):
+    batch = random_batch([5, 9, 12], 12)
+    lengths = torch.tensor([0, 4, 12])
+    valid = torch.arange(12) < lengths[:, None]
+    short = replace(
+        batch,
+        ids={field: values * valid for field, values in batch.ids.items()},
+        gap_days=batch.gap_days * valid,
+        lengths=lengths,
+    )
+    with torch.no_grad():
+        pooled = encoder.pool(encoder.causal_pass(batch), replace(batch, lengths=lengths))
+        alone = encoder.encode_state(short)
+    torch.testing.assert_close(pooled, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_summary_reads_the_events_as_well_as_the_hidden_states(encoder):
+    batch = random_batch([6], 6)
+    with torch.no_grad():
+        passed = encoder.causal_pass(batch)
+        whole = encoder.pool(passed, batch)
+        other_events = encoder.pool(CausalPass(passed.events.flip(2), passed.hidden), batch)
+        other_hidden = encoder.pool(CausalPass(passed.events, passed.hidden.flip(2)), batch)
+    width = encoder.config.width
+    assert (whole - other_events)[:, :width].abs().max() > 0.1
+    assert (whole - other_hidden)[:, :width].abs().max() > 0.1
 
 
 def test_silence_changes_the_embedding_and_not_the_state(encoder):

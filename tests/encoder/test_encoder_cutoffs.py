@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from encoder_builders import CUTOFF, SIZES, STARTED, sequences_table, user_row
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import (
     BatchMaker,
+    CutLabels,
     CutoffPlan,
     Cuts,
     is_validation,
     plan_cutoffs,
+    window_rates,
 )
 from behavior_pipeline.encoder.sequence_files import (
     Survey,
@@ -111,8 +114,53 @@ def test_a_user_who_never_came_back_is_labelled_so(folders):
     batches = BatchMaker(files, SHAPE, CONFIG, CutoffPlan(moment, moment, 30 * DAY)).validation()
     for batch in batches:
         gone = batch.future.lengths == 0
-        assert (batch.next_time[gone] == 6).all()
-        assert not batch.window["action"][gone].any()
+        for cut in batch.cuts:
+            assert (cut.next_time[gone] == 6).all()
+            assert not cut.window["action"][gone].any()
+
+
+def test_every_cutoff_of_a_batch_knows_only_what_came_before_it(folders):
+    files = sequence_files(folders.sequences)
+    plan = plan_cutoffs(survey(files), CONFIG)
+    num_earlier = 0
+    for batch in islice(BatchMaker(files, SHAPE, CONFIG, plan).training(), 8):
+        assert len(batch.cuts) == CONFIG.cutoffs_per_user == 3
+        assert torch.equal(batch.cuts[0].lengths, batch.history.lengths)
+        assert torch.equal(batch.cuts[0].silence_days, batch.history.silence_days)
+        elapsed = batch.history.gap_days.double().cumsum(1)
+        ends = [end_of(elapsed, cut) for cut in batch.cuts]
+        for cut, later, end, later_end in zip(
+            batch.cuts[1:], batch.cuts, ends[1:], ends, strict=False
+        ):
+            known = cut.lengths > 0
+            assert (cut.lengths <= later.lengths).all()
+            # The moment of a cut is its last event and the silence after it: never a later one,
+            # and never beyond the first event that it does not know.
+            assert (end <= later_end + 1e-3)[known].all()
+            following = elapsed.gather(1, cut.lengths.clamp(max=elapsed.shape[1] - 1)[:, None])
+            has_following = known & (cut.lengths < batch.history.lengths)
+            assert (end <= following[:, 0] + 1e-3)[has_following].all()
+            num_earlier += int((cut.lengths < later.lengths).sum())
+    assert num_earlier > 10
+
+
+def end_of(elapsed: torch.Tensor, cut: CutLabels) -> torch.Tensor:
+    """Return each cut's moment in days on the clock of `elapsed` (B, T)."""
+    last = elapsed.gather(1, (cut.lengths - 1).clamp(min=0)[:, None])[:, 0]
+    return last + cut.silence_days
+
+
+def test_window_rates_by_hand(folders):
+    files = sequence_files(folders.sequences)
+    plan = plan_cutoffs(survey(files), CONFIG)
+    (batch,) = islice(BatchMaker(files, SHAPE, CONFIG, plan).training(), 1)
+    found = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    cuts = tuple(replace(cut, window={"item": found}) for cut in batch.cuts[:2])
+    cuts = tuple(replace(cut, lengths=torch.tensor([3, 0])) for cut in cuts)
+    rates = window_rates([replace(batch, cuts=cuts)])
+    # Two users at two cutoffs, and the imagined user with a hundredth of each target.
+    assert rates["item"].tolist() == pytest.approx([4.01 / 5, 2.01 / 5])
+    assert window_rates([]) == {}
 
 
 def test_validation_users_are_never_trained_on(folders):

@@ -5,12 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from encoder_builders import SIZES
 
 from behavior_pipeline.contracts import MASK_ID, PAD_ID
+from behavior_pipeline.encoder.architecture import Encoder
+from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
+from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.embedder import FieldEmbedding
 from behavior_pipeline.encoder.objectives import (
     MAX_FULL_SOFTMAX,
     FieldPrediction,
+    Silence,
     corrupt,
     draw_events,
     info_nce,
@@ -74,6 +79,19 @@ def test_a_large_vocabulary_is_sampled_and_comes_close_to_the_full_softmax():
         sampled = torch.stack([head(hidden, targets) for _ in range(10)]).mean()
     assert sampled.item() == pytest.approx(full.item(), rel=0.02)
     assert sampled.item() != full.item()
+
+
+def test_a_silence_head_starts_at_the_rates_it_is_given():
+    torch.manual_seed(0)
+    config = TrainingConfig.named("tiny")
+    encoder = Encoder(EncoderConfig.named("tiny", SIZES))
+    silence = Silence(encoder, config)
+    size = window_sizes(encoder.config, config)["item"]
+    rates = torch.linspace(0.01, 0.9, size)
+    silence.start_from({"item": rates})
+    embedding = torch.randn(3, encoder.embedding_width)
+    predicted = silence.window["item"](embedding).sigmoid()
+    torch.testing.assert_close(predicted, rates.expand(3, -1), atol=0.01, rtol=0)
 
 
 def test_fifteen_percent_of_the_events_are_drawn_and_no_padding():
