@@ -104,13 +104,22 @@ def nightly(
     source: Source = None,
     path: RawPath = None,
     data_root: DataRoot = None,
+    horizon_days: Horizon = None,
+    lookback_days: Lookback = None,
+    seed: Seed = None,
 ) -> None:
     """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
     from behavior_pipeline.runs import arrive
 
-    night = arrive(
-        _given(source=source, path=path, data_root=data_root), parse_cutoff(cutoff), console
+    overrides = _given(
+        source=source,
+        path=path,
+        data_root=data_root,
+        horizon_days=horizon_days,
+        lookback_days=lookback_days,
+        seed=seed,
     )
+    night = arrive(overrides, parse_cutoff(cutoff), console)
     _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
 
 
@@ -121,6 +130,8 @@ def pretrain(
     source: Source = None,
     path: RawPath = None,
     data_root: DataRoot = None,
+    horizon_days: Horizon = None,
+    lookback_days: Lookback = None,
     seed: Seed = None,
     encoder_preset: Encoder = None,
     max_training_steps: Steps = None,
@@ -130,6 +141,8 @@ def pretrain(
         source=source,
         path=path,
         data_root=data_root,
+        horizon_days=horizon_days,
+        lookback_days=lookback_days,
         seed=seed,
         encoder_preset=encoder_preset,
         max_training_steps=max_training_steps,

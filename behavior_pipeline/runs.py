@@ -34,6 +34,7 @@ from behavior_pipeline.windows import EvaluationWindows, cutoff_of, default_cuto
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 POLL_SECONDS = 0.5
+PRETRAINING = "pretraining"  # the job that works on what is loaded already
 BLOCKED = "DagsterAssetCheckFailedError"  # a class that Dagster does not export
 
 PID_TAG = ".dagster/behavior_pipeline_pid"  # tags of this prefix are hidden in the UI
@@ -102,7 +103,8 @@ def work(
 ) -> Night:
     """Load the source, settle the cutoff, and execute a job for its night.
 
-    The history is loaded first, so that a cutoff outside the data is refused before any work.
+    The history is loaded first, so that a cutoff outside the data is refused before any work;
+    pretraining takes the events as the nights have left them.
 
     Raises:
         PipelineError: for the user's mistakes.
@@ -111,7 +113,8 @@ def work(
     opened = open_pipeline(**overrides)
     with holding(opened.storage):
         remove_leftovers(opened.storage.home)
-        execute("history", None, overrides, console)
+        if job != PRETRAINING or not any(opened.storage.events.glob("arrival=*")):
+            execute("history", None, overrides, console)
         span = events_span(opened.storage, opened.settings)
         settled = cutoff or default_cutoff(span.last_event_at, opened.preset.tasks.horizon_days)
         windows = opened.windows(settled)

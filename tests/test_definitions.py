@@ -27,7 +27,7 @@ GROUPS = {
 BLOCKING = {
     "is_history_whole", "is_arrival_whole", "are_features_before_the_cutoff",
     "are_schemas_as_agreed", "is_checkpoint_older_than_train_cutoff", "are_embeddings_sound",
-    "is_read_back_equal",
+    "is_read_back_equal", "are_tokens_before_the_cutoff",
 }  # fmt: skip
 
 

@@ -8,7 +8,14 @@ import dagster as dg
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from behavior_pipeline.contracts import EVENTS_SESSIONIZED, USER_RFM, Contract
+from behavior_pipeline.contracts import (
+    EVENTS_SESSIONIZED,
+    LABELS,
+    PROPENSITY_LABELS,
+    PROPENSITY_TARGETS,
+    USER_RFM,
+    Contract,
+)
 from behavior_pipeline.defs.partitions import nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, partition_key_of
 from behavior_pipeline.embeddings.statistics import EmbeddingStatistics, summarize_embeddings
@@ -23,6 +30,9 @@ from behavior_pipeline.ingest.arrivals import (
 )
 from behavior_pipeline.ingest.load import HISTORY
 from behavior_pipeline.storage import Storage, read_json
+
+MARTS = (USER_RFM, LABELS, PROPENSITY_TARGETS, PROPENSITY_LABELS)
+LAST_QUALIFYING = "last_qualifying_at"
 
 MAX_COLD_START_SHARE = 0.5  # more users without a usable event mean that a source went wrong
 
@@ -47,11 +57,30 @@ def are_features_before_the_cutoff(
 ) -> dg.AssetCheckResult:
     """No feature of a user was taken from an event at or after its cutoff."""
     night = Night(context, pipeline)
+    storage = night.pipeline.storage
     latest = {
-        f"{cutoff:%Y-%m-%d}": _latest(night.pipeline.storage.marts(cutoff) / "user_rfm.parquet")
+        f"{cutoff:%Y-%m-%d}": _latest(storage.marts(cutoff) / "user_rfm.parquet", LAST_QUALIFYING)
         for cutoff in night.windows.cutoffs
     }
-    leaks = [day for day, last in latest.items() if last is not None and f"{last:%Y-%m-%d}" >= day]
+    leaks = [day for day, last in latest.items() if last is None or f"{last:%Y-%m-%d}" >= day]
+    return dg.AssetCheckResult(
+        passed=not leaks,
+        metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
+    )
+
+
+@dg.asset_check(asset="sequences", blocking=True, partitions_def=nights)
+def are_tokens_before_the_cutoff(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """No token stands for an event at or after its cutoff, and there are tokens."""
+    night = Night(context, pipeline)
+    storage = night.pipeline.storage
+    latest = {
+        f"{cutoff:%Y-%m-%d}": _latest(storage.sequences(cutoff), "last_event_at")
+        for cutoff in night.windows.cutoffs
+    }
+    leaks = [day for day, last in latest.items() if last is None or f"{last:%Y-%m-%d}" >= day]
     return dg.AssetCheckResult(
         passed=not leaks,
         metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
@@ -65,14 +94,10 @@ def are_schemas_as_agreed(
     """The exported marts have the columns and types of their contracts."""
     night = Night(context, pipeline)
     storage = night.pipeline.storage
-    broken = [
-        contract.name
-        for folder, contract in (
-            (storage.events_sessionized, EVENTS_SESSIONIZED),
-            (storage.marts(night.cutoff) / "user_rfm.parquet", USER_RFM),
-        )
-        if not _has_schema(folder, contract)
-    ]
+    folder = storage.marts(night.cutoff)
+    files = [(folder / f"{contract.name}.parquet", contract) for contract in MARTS]
+    files.append((storage.events_sessionized, EVENTS_SESSIONIZED))
+    broken = [contract.name for path, contract in files if not _has_schema(path, contract)]
     return dg.AssetCheckResult(passed=not broken, metadata={"broken": broken})
 
 
@@ -197,10 +222,10 @@ def _is_whole(storage: Storage, arrival: str) -> dg.AssetCheckResult:
     )
 
 
-def _latest(mart: Path) -> datetime | None:
-    """Return the time of the latest event behind a mart."""
-    column = ds.dataset(mart, format="parquet").to_table(columns=["last_qualifying_at"])
-    latest: datetime | None = pc.max(column["last_qualifying_at"]).as_py()
+def _latest(path: Path, column: str) -> datetime | None:
+    """Return the latest time in a column of a file or folder, None without any."""
+    values = ds.dataset(path, format="parquet").to_table(columns=[column])
+    latest: datetime | None = pc.max(values[column]).as_py()
     return latest
 
 

@@ -30,7 +30,7 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
     @dg.asset(
         name=name,
         group_name="feature_store",
-        deps=[source],
+        deps=sorted({source, "user_embeddings"}),  # a night held back publishes nothing
         partitions_def=nights,
         backfill_policy=ONE_NIGHT_A_RUN,
         kinds={"feast", "sqlite"},

@@ -74,6 +74,12 @@ def arrival_folder(parent: Path, arrival: str) -> Path:
     return parent / f"arrival={arrival}"
 
 
+def own_events(storage: Storage, arrival: str) -> Path | None:
+    """Return the event file of an arrival, if it was loaded before."""
+    file = arrival_folder(storage.events, arrival) / EVENTS_FILE
+    return file if file.is_file() else None
+
+
 def other_arrivals(storage: Storage, arrival: str) -> list[str]:
     """Return the event files of all other arrivals, sorted."""
     own = arrival_folder(storage.events, arrival)

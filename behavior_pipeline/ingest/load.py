@@ -23,13 +23,14 @@ from behavior_pipeline.ingest.arrivals import (
     EVENT_COLUMNS,
     LoadSummary,
     other_arrivals,
+    own_events,
     write_arrival,
 )
 from behavior_pipeline.ingest.files import DATE_PLACE, find_files
 from behavior_pipeline.ingest.mapping import check_columns
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
-from behavior_pipeline.ingest.refusals import refuse_bad_load
+from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
 from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source, unreadable
 from behavior_pipeline.ingest.validation import judged_rows
 from behavior_pipeline.progress import Report, report_nothing
@@ -99,7 +100,8 @@ def load_arrival(
 
     Raises:
         PipelineError: if there is nothing to read, a column is missing, too many rows break the
-            contract, or a bulk load has a single event type. Nothing is written then.
+            contract, or a bulk load has a single event type or lacks events that an earlier one
+            had. Nothing is written then.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
@@ -120,6 +122,8 @@ def load_arrival(
             raise unreadable(found.path, error) from None
         refuse_bad_load(connection, preset, source, settings, scope.day, scope.is_bulk)
         _deduplicate(connection, preset, other_arrivals(storage, arrival))
+        if scope.is_bulk:
+            refuse_lost_history(connection, own_events(storage, arrival), found.path)
         report(2, _NUM_STEPS, "comparing")
         summary = _summarize(connection, num_read)
         report(3, _NUM_STEPS, "writing")

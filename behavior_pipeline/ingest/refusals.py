@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from pathlib import Path
 
 import duckdb
 
@@ -35,6 +36,31 @@ def refuse_bad_load(
         _refuse_many_bad_rows(connection, source, settings.max_quarantined_share)
     if is_bulk:
         _refuse_single_event_type(connection, preset, source)
+
+
+def refuse_lost_history(
+    connection: duckdb.DuckDBPyConnection, known: Path | None, path: str
+) -> None:
+    """Refuse a history that lacks events of the one it would replace.
+
+    Files that landed once and were cleared away since are no reason to forget what they held.
+
+    Raises:
+        PipelineError: with the number of events that would be lost.
+    """
+    if known is None:
+        return
+    row = connection.execute(
+        "SELECT count(*) FROM read_parquet(?) "
+        "WHERE event_id NOT IN (SELECT event_id FROM distinct_events)",
+        [str(known)],
+    ).fetchone()
+    if row is not None and row[0]:
+        raise PipelineError(
+            f"{row[0]:,} events that were loaded before are not in '{path}' any more; loading it "
+            "would lose them.",
+            "Give a path that has them all, use `nightly` for new days, or another --data-root.",
+        )
 
 
 def _refuse_many_bad_rows(
