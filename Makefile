@@ -28,7 +28,7 @@ demo: setup  ## raw simulated events become published embeddings and a report
 	$(BIN)/behavior-pipeline run
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2   # two workers, a core each
 
 ui: setup  ## serve the Dagster UI and its daemon on port 3000
 	$(BIN)/behavior-pipeline ui
