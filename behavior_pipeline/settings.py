@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of DuckDB and torch")
     num_buckets: PositiveInt = Field(8, description="buckets of users: what is in memory at once")
 
-    simulated_users: PositiveInt = Field(3000, description="users that `simulated` begins with")
+    simulated_users: PositiveInt = Field(2400, description="users that `simulated` begins with")
     simulated_days: PositiveInt = Field(180, description="days that `simulated` covers")
 
     max_quarantined_share: float = Field(
