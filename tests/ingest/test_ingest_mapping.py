@@ -168,7 +168,9 @@ def test_codes_come_from_lists_and_texts(tmp_path: Path, settings: Settings) -> 
     rows, bad = run(tmp_path, settings, table, more="codes: k")
     assert [row["codes"] for row in rows] == [[1, 2], None]
     assert bad == []
-    rows, bad = run(tmp_path, settings, {"k": ["[3, 4]", "[]", "[1, 99999]"]}, more="codes: k")
+    texts = tmp_path / "texts"  # a home of its own: a history keeps what it has
+    texts.mkdir()
+    rows, bad = run(texts, settings, {"k": ["[3, 4]", "[]", "[1, 99999]"]}, more="codes: k")
     assert sorted(row["codes"] for row in rows) == [[], [3, 4]]
     assert [row["reason"] for row in bad] == ["codes is not a list of small integers"]
 
