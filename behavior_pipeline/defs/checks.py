@@ -62,11 +62,7 @@ def are_features_before_the_cutoff(
         f"{cutoff:%Y-%m-%d}": _latest(storage.marts(cutoff) / "user_rfm.parquet", LAST_QUALIFYING)
         for cutoff in night.windows.cutoffs
     }
-    leaks = [day for day, last in latest.items() if last is None or f"{last:%Y-%m-%d}" >= day]
-    return dg.AssetCheckResult(
-        passed=not leaks,
-        metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
-    )
+    return _are_before(latest)
 
 
 @dg.asset_check(asset="sequences", blocking=True, partitions_def=nights)
@@ -80,11 +76,7 @@ def are_tokens_before_the_cutoff(
         f"{cutoff:%Y-%m-%d}": _latest(storage.sequences(cutoff), "last_event_at")
         for cutoff in night.windows.cutoffs
     }
-    leaks = [day for day, last in latest.items() if last is None or f"{last:%Y-%m-%d}" >= day]
-    return dg.AssetCheckResult(
-        passed=not leaks,
-        metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
-    )
+    return _are_before(latest)
 
 
 @dg.asset_check(asset="marts", blocking=True, partitions_def=nights)
@@ -219,6 +211,15 @@ def _is_whole(storage: Storage, arrival: str) -> dg.AssetCheckResult:
             "num_quarantined_on_disk": num_quarantined,
             "num_repeated": recorded["num_repeated"],
         },
+    )
+
+
+def _are_before(latest: dict[str, datetime | None]) -> dg.AssetCheckResult:
+    """Pass if the latest time behind each cutoff's day exists and lies before that day."""
+    leaks = [day for day, last in latest.items() if last is None or f"{last:%Y-%m-%d}" >= day]
+    return dg.AssetCheckResult(
+        passed=not leaks,
+        metadata={f"latest_before_{day}": str(last) for day, last in latest.items()},
     )
 
 
