@@ -56,6 +56,7 @@ CANONICAL_EVENTS: Final = _contract(
     ("context", pa.string(), "anything else worth a token, such as a device"),
     ("amount", pa.float64(), "quantity or money, in the source's unit"),
     ("codes", pa.list_(pa.int16()), "a quantised text or image"),
+    ("user_bucket", pa.int32(), "stable hash of the user, 0 to number of buckets - 1"),
 )
 
 QUARANTINE: Final = _contract(
@@ -71,7 +72,7 @@ QUARANTINE: Final = _contract(
 
 EVENTS_SESSIONIZED: Final = _contract(
     "events_sessionized",
-    ("user_id", "occurred_at", "event_id"),
+    ("event_number",),  # each user's events stand together and in order; users in no order
     *[
         (field.name, field.type, field.metadata[b"meaning"].decode())
         for field in CANONICAL_EVENTS.schema
@@ -79,7 +80,23 @@ EVENTS_SESSIONIZED: Final = _contract(
     ("event_number", pa.int64(), "place in the user's history, from 1"),
     ("gap_seconds", pa.float64(), "seconds since the user's previous event, null for the first"),
     ("session_started_at", TIMESTAMP, "start of the session; with user_id the session's key"),
-    ("user_bucket", pa.int32(), "stable hash of the user, 0 to number of buckets - 1"),
+)
+
+VERSIONS: Final = _contract(
+    "versions",
+    ("event_id", "arrival"),
+    ("event_id", pa.string(), "an id that more than one arrival holds, or that one deletes"),
+    ("arrival", pa.string(), "an arrival that holds or deletes it"),
+    ("load_id", pa.string(), "the load of the arrival that was looked at"),
+    ("state", pa.uint64(), "hash of what the row says, 0 for a deletion"),
+    ("ingested_at", TIMESTAMP, "when the row arrived here"),
+)
+
+CHANGES: Final = _contract(
+    "changes",
+    ("user_id", "activity_date"),
+    ("user_id", pa.string(), "a user whose history the arrival changed"),
+    ("activity_date", pa.date32(), "a UTC day on which it changed"),
 )
 
 USER_RFM: Final = _contract(

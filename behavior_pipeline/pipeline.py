@@ -47,11 +47,11 @@ class Pipeline:
         )
 
     def windows(self, cutoff: datetime) -> EvaluationWindows:
-        """Plan train and test cutoffs of a night from the span of the loaded events."""
-        span = events_span(self.storage, self.settings)
+        """Plan train and test cutoffs of a night from the span of what has arrived."""
+        span = events_span(self.storage)
         tasks = self.preset.tasks
         return plan_evaluation(
-            cutoff, span.first_event_at, span.last_event_at, tasks.horizon_days, tasks.lookback_days
+            cutoff, span.first_event_at, span.known_through, tasks.horizon_days, tasks.lookback_days
         )
 
 

@@ -115,7 +115,7 @@ def work(
         remove_leftovers(opened.storage.home)
         if job != PRETRAINING or not any(opened.storage.events.glob("arrival=*")):
             execute("history", None, overrides, console)
-        span = events_span(opened.storage, opened.settings)
+        span = events_span(opened.storage)
         settled = cutoff or default_cutoff(span.last_event_at, opened.preset.tasks.horizon_days)
         windows = opened.windows(settled)
         execute(job, partition_of(settled), overrides, console)

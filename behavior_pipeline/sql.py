@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -17,6 +19,35 @@ def quote_identifier(name: str) -> str:
 def quote_text(text: str) -> str:
     """Quote a text constant, for the places where DuckDB takes no bound parameter (COPY, SET)."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def user_bucket(user_id: str, num_buckets: int) -> str:
+    """Return SQL for a user's bucket: the first 32 bits of the MD5 of the id, modulo the number.
+
+    Every engine and every release puts a user into the same bucket.
+    """
+    return (
+        f"cast(cast('0x' || substr(md5({user_id}), 1, 8) AS BIGINT) % {int(num_buckets)} AS INTEGER)"
+    )
+
+
+def utc_date(column: str) -> str:
+    """Return SQL for the UTC day of a timestamp with time zone, whatever the session's zone."""
+    return f"cast(make_timestamp(epoch_us({column})) AS DATE)"
+
+
+def fetch_one(
+    connection: duckdb.DuckDBPyConnection, query: str, values: Sequence[object] = ()
+) -> tuple[Any, ...]:
+    """Return the one row that a query answers."""
+    (row,) = connection.execute(query, list(values)).fetchall()
+    return tuple(row)
+
+
+def file_list(paths: Iterable[Path]) -> str:
+    """Return a SQL list of paths as they are; glob characters in a name stay characters."""
+    names = (re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths)
+    return "[" + ", ".join(quote_text(name) for name in names) + "]"
 
 
 @contextmanager

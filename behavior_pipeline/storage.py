@@ -6,6 +6,7 @@ leaves the old state or the new one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -38,12 +39,12 @@ class Storage:
 
     @property
     def events(self) -> Path:
-        """Canonical events: `events/arrival=<key>/*.parquet` with `load.json` beside them."""
+        """Canonical events: `events/arrival=<key>/load=<id>/`, `load.json` says which load counts."""
         return self.home / "events"
 
     @property
     def quarantine(self) -> Path:
-        """Rejected rows with the reason: `quarantine/arrival=<key>/*.parquet`."""
+        """Rejected rows with the reason: `quarantine/arrival=<key>/load=<id>/quarantine.parquet`."""
         return self.home / "quarantine"
 
     @property
@@ -203,6 +204,18 @@ def _is_being_written(aside: Path) -> bool:
     except PermissionError:
         return True
     return int(pid) != os.getpid()
+
+
+@contextmanager
+def working_alone(storage: Storage) -> Iterator[None]:
+    """Wait until nobody else changes the home's events or warehouse, and keep others out.
+
+    Between threads and processes; the lock goes with the process, however it ends.
+    """
+    make_private_folder(storage.home)
+    with (storage.home / ".writer.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(target: Path, content: Any) -> None:

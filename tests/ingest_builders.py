@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behavior_pipeline.ingest.arrivals import LoadSummary
+from behavior_pipeline.ingest.arrivals import LoadSummary, find_arrival, loaded_arrivals
 from behavior_pipeline.ingest.load import load_arrival
 from behavior_pipeline.ingest.presets import Preset, parse_preset
 from behavior_pipeline.settings import Settings
@@ -99,29 +99,50 @@ def load(
     """Load with the tests' preset and check what holds for every load."""
     summary = load_arrival(preset or shop(), str(path), storage, settings, arrival, at, day)
     assert summary.num_accepted + summary.num_quarantined == summary.num_read
-    assert summary.num_inserted + summary.num_repeated == summary.num_accepted
+    assert (
+        summary.num_inserted + summary.num_repeated + summary.num_deletions == summary.num_accepted
+    )
     assert sum(summary.reasons.values()) == summary.num_quarantined
-    assert _size(storage.quarantine, arrival, "quarantine") == summary.num_quarantined
-    assert _size(storage.events, arrival, "events") == summary.num_inserted
+    assert len(quarantine(storage, arrival)) == summary.num_quarantined
+    assert len(events(storage, arrival)) == summary.num_stored
     return summary
 
 
 def events(storage: Storage, arrival: str | None = None) -> list[dict[str, Any]]:
-    """Events of an arrival in the order of its file, or of all arrivals in the contract's order."""
+    """Events of an arrival in the order of its files, or those that count in the contract's order.
+
+    Of an id the newest arrival's row counts, with the time at which it first came like that.
+    """
     if arrival:
-        return _rows(storage.events / f"arrival={arrival}" / "events.parquet")
-    files = sorted(storage.events.glob("arrival=*/*.parquet"))
-    rows = [row for file in files for row in _rows(file)]
-    return sorted(rows, key=lambda row: (row["user_id"], row["occurred_at"], row["event_id"]))
+        found = find_arrival(storage, arrival)
+        assert found is not None
+        return [row for file in found.event_files() for row in _rows(file)]
+    versions: dict[str, list[dict[str, Any] | None]] = {}
+    for each in loaded_arrivals(storage):
+        for row in events(storage, each.key):
+            versions.setdefault(row["event_id"], []).append(row)
+        for row in _rows(each.folder / "deletions.parquet"):
+            versions.setdefault(row["event_id"], []).append(None)
+    rows = [_counting(rows) for rows in versions.values()]
+    kept = [row for row in rows if row is not None]
+    return sorted(kept, key=lambda row: (row["user_id"], row["occurred_at"], row["event_id"]))
+
+
+def _counting(versions: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return the newest version, with the earliest time of those that say the same."""
+    newest = versions[-1]
+    if newest is None:
+        return None
+    same = [row for row in versions if row is not None and said([row]) == said([newest])]
+    return newest | {"ingested_at": min(row["ingested_at"] for row in same)}
 
 
 def quarantine(storage: Storage, arrival: str = "history") -> list[dict[str, Any]]:
     """Quarantined rows of an arrival, in the order of its file."""
-    return _rows(storage.quarantine / f"arrival={arrival}" / "quarantine.parquet")
-
-
-def _size(parent: Path, arrival: str, name: str) -> int:
-    return int(pq.ParquetFile(parent / f"arrival={arrival}" / f"{name}.parquet").metadata.num_rows)
+    found = find_arrival(storage, arrival)
+    assert found is not None
+    folder = storage.quarantine / f"arrival={arrival}" / f"load={found.load_id}"
+    return _rows(folder / "quarantine.parquet")
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

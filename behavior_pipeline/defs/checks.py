@@ -23,12 +23,15 @@ from behavior_pipeline.encoder.live import LIVE, checkpoint_folder
 from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.verify import verify_published
 from behavior_pipeline.ingest.arrivals import (
-    EVENTS_FILE,
-    LOAD_FILE,
+    DELETIONS_FILE,
+    HISTORY,
     QUARANTINE_FILE,
     arrival_folder,
+    find_arrival,
+    load_document,
 )
-from behavior_pipeline.ingest.load import HISTORY
+from behavior_pipeline.layers import read_layers
+from behavior_pipeline.sequences.reading import count_users
 from behavior_pipeline.storage import Storage, read_json
 
 MARTS = (USER_RFM, LABELS, PROPENSITY_TARGETS, PROPENSITY_LABELS)
@@ -88,8 +91,12 @@ def are_schemas_as_agreed(
     storage = night.pipeline.storage
     folder = storage.marts(night.cutoff)
     files = [(folder / f"{contract.name}.parquet", contract) for contract in MARTS]
-    files.append((storage.events_sessionized, EVENTS_SESSIONIZED))
-    broken = [contract.name for path, contract in files if not _has_schema(path, contract)]
+    files += [
+        (file, EVENTS_SESSIONIZED)
+        for part, _ in read_layers(storage.events_sessionized).parts()
+        for file in part
+    ]
+    broken = sorted({mart.name for path, mart in files if not _has_schema(path, mart)})
     return dg.AssetCheckResult(passed=not broken, metadata={"broken": broken})
 
 
@@ -116,7 +123,7 @@ def are_embeddings_sound(
     night = Night(context, pipeline)
     storage = night.pipeline.storage
     found = summarize_embeddings(storage.embeddings(night.cutoff))
-    expected = ds.dataset(storage.sequences(night.cutoff), format="parquet").count_rows()
+    expected = count_users(storage.sequences(night.cutoff))
     live = checkpoint_folder(storage.checkpoints, LIVE).name
     faults = embedding_faults(found, expected, live, night.cutoff)
     return dg.AssetCheckResult(
@@ -197,19 +204,23 @@ def churn_values(comparison: dict[str, Any]) -> dict[str, float]:
 
 def _is_whole(storage: Storage, arrival: str) -> dg.AssetCheckResult:
     """Count the rows on disk, apart from what the loader summed up."""
-    events = arrival_folder(storage.events, arrival)
-    quarantine = arrival_folder(storage.quarantine, arrival)
-    recorded = read_json(events / LOAD_FILE)
-    num_events = ds.dataset(events / EVENTS_FILE).count_rows()
-    num_quarantined = ds.dataset(quarantine / QUARANTINE_FILE).count_rows()
-    num_kept = num_events + recorded["num_repeated"] + num_quarantined
+    found = find_arrival(storage, arrival)
+    recorded = load_document(storage, arrival)
+    if found is None or recorded is None:
+        return dg.AssetCheckResult(passed=False, metadata={"note": "nothing was loaded"})
+    quarantine = arrival_folder(storage.quarantine, arrival) / f"load={found.load_id}"
+    counts = {
+        "events": sum(ds.dataset(file).count_rows() for file in found.event_files()),
+        "deletions": ds.dataset(found.folder / DELETIONS_FILE).count_rows(),
+        "quarantined": ds.dataset(quarantine / QUARANTINE_FILE).count_rows(),
+    }
+    num_kept = sum(counts.values()) + recorded["num_duplicates"]
     return dg.AssetCheckResult(
         passed=recorded["num_read"] == num_kept,
         metadata={
             "num_read": recorded["num_read"],
-            "num_events_on_disk": num_events,
-            "num_quarantined_on_disk": num_quarantined,
-            "num_repeated": recorded["num_repeated"],
+            **{f"num_{name}_on_disk": count for name, count in counts.items()},
+            "num_duplicates": recorded["num_duplicates"],
         },
     )
 

@@ -96,13 +96,17 @@ def arrived_events(
 
 
 def _load_metadata(summary: LoadSummary, *, is_partition: bool) -> dict[str, Any]:
-    """Show that nothing was lost: read = accepted + quarantined."""
-    return row_count(summary.num_inserted, is_partition=is_partition) | {
-        "num_read": summary.num_read,
-        "num_quarantined": summary.num_quarantined,
+    """Show what came, whom it touches, and that nothing was lost."""
+    return row_count(summary.num_stored, is_partition=is_partition) | {
+        "num_users_touched": summary.num_users_touched,
         "num_repeated": summary.num_repeated,
-        "num_users": summary.num_users,
+        "num_quarantined": summary.num_quarantined,
+        "num_corrected": summary.num_corrected,
+        "num_deletions": summary.num_deletions,
+        "num_read": summary.num_read,
         "num_accepted": summary.num_accepted,
+        "num_users": summary.num_users,
+        "late_events_by_age": dg.MetadataValue.json(summary.late),
         "quarantine_reasons": dg.MetadataValue.json(summary.reasons),
         "first_event_at": str(summary.first_event_at),
         "last_event_at": str(summary.last_event_at),

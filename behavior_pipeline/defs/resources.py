@@ -1,18 +1,14 @@
-"""Resources: the opened pipeline and the dbt command."""
+"""Resources: the opened pipeline."""
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster_dbt import DbtCliResource
 from pydantic import Field
 
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
-from behavior_pipeline.warehouse.build import DBT_PROJECT
 from behavior_pipeline.windows import EvaluationWindows, cutoff_of
 
 
@@ -65,11 +61,6 @@ def resources() -> dg.Definitions:
 
     Alone in its module: folder loading ignores whatever stands beside such a function.
     """
-    dbt = DbtCliResource(
-        project_dir=str(DBT_PROJECT),
-        profiles_dir=str(DBT_PROJECT),
-        dbt_executable=str(Path(sys.executable).with_name("dbt")),  # the environment's own
-    )
     return dg.Definitions(
-        resources={"pipeline": PipelineResource(), "dbt": dbt}, executor=dg.in_process_executor
+        resources={"pipeline": PipelineResource()}, executor=dg.in_process_executor
     )

@@ -81,6 +81,7 @@ def sequences(
     night = Night(context, pipeline)
     opened = night.pipeline
     frozen = load_vocabulary(checkpoint_folder(opened.storage.checkpoints))
+    earlier = sorted(opened.storage.sequences(night.cutoff).parent.glob("cutoff=*"))
     for cutoff in night.windows.cutoffs:
         summary = write_sequences(
             opened.storage,
@@ -89,6 +90,7 @@ def sequences(
             cutoff,
             opened.storage.sequences(cutoff),
             report=report_to(context, f"tokenizing up to {cutoff:%Y-%m-%d}"),
+            earlier=earlier,
         )
     return dg.MaterializeResult(metadata=_sequences_metadata(summary, is_partition=True))
 
@@ -96,6 +98,7 @@ def sequences(
 def _sequences_metadata(summary: SequencesSummary, *, is_partition: bool) -> dict[str, Any]:
     """Show sizes and how much of each field the vocabulary does not know."""
     return row_count(summary.num_users, is_partition=is_partition) | {
-        "num_events": summary.num_events,
+        "num_users_tokenized": summary.num_tokenized_users,
+        "num_events_tokenized": summary.num_events,
         "unknown_shares": dg.MetadataValue.json(summary.unknown_shares),
     }

@@ -1,31 +1,23 @@
 """Stage 1 in Dagster: the dbt models, the exported marts, and what analysts open."""
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
+from pathlib import Path
 
 import dagster as dg
-from dagster_dbt import DagsterDbtTranslator, DbtCliResource, DbtProject, dbt_assets
+from dagster_dbt import DagsterDbtTranslator, DagsterDbtTranslatorSettings, DbtProject
+from dagster_dbt.asset_utils import build_dbt_specs
 
 from behavior_pipeline.contracts import USER_RFM
 from behavior_pipeline.defs.loggers import report_to
-from behavior_pipeline.defs.metadata import table_schema
+from behavior_pipeline.defs.metadata import row_count, table_schema
 from behavior_pipeline.defs.partitions import DUCKDB_WRITER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource
-from behavior_pipeline.terminal import active
+from behavior_pipeline.storage import read_json
 from behavior_pipeline.warehouse.analytics import publish_analytics
-from behavior_pipeline.warehouse.build import (
-    DBT_PROJECT,
-    dbt_arguments,
-    run_dbt,
-    swap_in_warehouse,
-    warehouse_aside,
-)
+from behavior_pipeline.warehouse.build import WarehouseSummary, build_warehouse
+from behavior_pipeline.warehouse.dbt import DBT_PROJECT, dbt_arguments, run_dbt
 from behavior_pipeline.warehouse.export import export_marts
-from behavior_pipeline.warehouse.variables import dbt_variables
 
 MANIFEST = DBT_PROJECT / "target" / "manifest.json"
 
@@ -60,39 +52,76 @@ class Translator(DagsterDbtTranslator):
         )
 
 
-@dbt_assets(
-    manifest=current_manifest(),
-    exclude="test_type:unit",  # unit tests check the SQL, not the night's data
-    partitions_def=nights,
-    backfill_policy=ONE_NIGHT_A_RUN,
-    dagster_dbt_translator=Translator(),
-    pool=DUCKDB_WRITER,
+def _specs() -> tuple[dict[str, dg.AssetSpec], dict[str, dg.AssetCheckSpec]]:
+    """Return dbt's models as assets and its data tests as checks that hold a night back."""
+    assets, checks = build_dbt_specs(
+        translator=Translator(
+            DagsterDbtTranslatorSettings(enable_duplicate_source_asset_keys=True)
+        ),
+        manifest=read_json(current_manifest()),
+        select="fqn:*",
+        exclude="test_type:unit",  # unit tests check the SQL, not the night's data
+        selector="",
+        io_manager_key=None,
+        project=None,
+    )
+    specs = {
+        spec.key.path[-1]: spec.replace_attributes(partitions_def=nights) for spec in assets
+    }
+    return specs, {check.name: check._replace(partitions_def=nights) for check in checks}
+
+
+# Dictionaries: folder loading would take a list of specs for assets of its own.
+ASSETS, CHECKS = _specs()
+
+
+@dg.multi_asset(
     name="warehouse",
+    specs=list(ASSETS.values()),
+    check_specs=list(CHECKS.values()),
+    backfill_policy=ONE_NIGHT_A_RUN,
+    pool=DUCKDB_WRITER,
 )
 def warehouse(
-    context: dg.AssetExecutionContext, pipeline: PipelineResource, dbt: DbtCliResource
-) -> Iterator[Any]:
-    """Build and test every model in a file aside, then put it in place in one rename."""
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> Iterator[dg.MaterializeResult[None]]:
+    """Bring every model up to date and test it: the users touched, or everybody if need be."""
     night = Night(context, pipeline)
     opened = night.pipeline
-    variables = dbt_variables(opened.settings, opened.preset, opened.storage, night.windows)
-    with warehouse_aside(opened.storage) as aside:
-        variables["warehouse_path"] = str(aside)
-        arguments = ["build", "--vars", json.dumps(variables, sort_keys=True)]
-        with _quiet_in_a_terminal():
-            invocation = dbt.cli(arguments, context=context, target_path=aside.parent / "target")
-            yield from invocation.stream()
-        swap_in_warehouse(opened.storage, aside)
+    done = build_warehouse(
+        opened.storage,
+        opened.settings,
+        opened.preset,
+        night.windows,
+        report=report_to(context, "building"),
+    )
+    for name in done.models:
+        spec = ASSETS[name]
+        yield dg.MaterializeResult(
+            asset_key=spec.key,
+            metadata=_model_metadata(name, done),
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=done.failures[check.name] == 0,
+                    asset_key=spec.key,
+                    check_name=check.name,
+                    metadata={"num_failing_rows": done.failures[check.name]},
+                )
+                for check in CHECKS.values()
+                if check.asset_key == spec.key
+            ],
+        )
 
 
-@contextmanager
-def _quiet_in_a_terminal() -> Iterator[None]:
-    """Keep dbt's own lines out of the terminal that shows the run; the UI keeps them."""
-    if active() is None:
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
+def _model_metadata(name: str, done: WarehouseSummary) -> dict[str, Any]:
+    """Show a model's rows, what it cost, and how many users were built."""
+    rows = row_count(done.rows[name]) if name in done.rows else {}
+    return rows | {
+        "seconds": round(done.seconds.get(name, 0.0), 3),
+        "num_users_built": done.num_users_touched,
+        "num_users": done.num_users,
+        "everybody_because": done.rebuilt or "no: only users touched",
+    }
 
 
 @dg.asset(

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from behavior_pipeline import sql
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.layers import read_layers
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
 
@@ -32,21 +34,21 @@ def most_recent(
 
     Returns None where the sessionized events are not on disk. Events are read bucket by bucket.
     """
-    folders = sorted(storage.events_sessionized.glob("user_bucket=*"))
-    if not folders:
+    try:
+        layers = read_layers(storage.events_sessionized)
+    except PipelineError:
         return None
     types = np.full(len(user_ids), None, dtype=object)
     with sql.open_engine(settings.memory_limit, settings.threads, storage.scratch) as engine:
         engine.register("wanted", pa.table({"user_id": user_ids}))
-        for folder in folders:
-            query = """
+        for bucket in range(layers.num_buckets):
+            query = f"""
                 select user_id, max_by(event_type, (occurred_at, event_id)) as event_type
-                from read_parquet($files, hive_partitioning = false)
+                from ({layers.relation(bucket)})
                 where occurred_at < $cutoff and user_id in (select user_id from wanted)
                 group by user_id
             """
-            values = {"files": sorted(map(str, folder.glob("*.parquet"))), "cutoff": cutoff}
-            found = engine.execute(query, values).to_arrow_table()
+            found = engine.execute(query, {"cutoff": cutoff}).to_arrow_table()
             places = pc.index_in(found["user_id"], value_set=user_ids).to_numpy()
             types[places] = found["event_type"].to_numpy()
     return pa.array(types, pa.string())

@@ -40,7 +40,7 @@ from behavior_pipeline.encoder.inference import encode_table, read_out
 from behavior_pipeline.encoder.sequence_files import read_table
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.progress import Report, report_nothing
-from behavior_pipeline.sequences.files import sequence_files
+from behavior_pipeline.sequences.reading import count_users, read_bucket, sequence_files
 from behavior_pipeline.storage import writing_file, writing_folder
 
 BATCH_TOKENS: Final = 2048
@@ -150,7 +150,7 @@ def embed_sequences(
     files = sequence_files(sequences_folder)
     night = _Night(load_checkpoint(checkpoint_folder, device), cutoff, written_at, batch_tokens)
     _check_checkpoint(night)
-    tally = _Tally(report, sum(pq.read_metadata(path).num_rows for path in files))
+    tally = _Tally(report, count_users(sequences_folder))
     with writing_folder(states_folder) as states, writing_folder(embeddings_folder) as embeddings:
 
         def embed_bucket(path: Path) -> None:
@@ -274,9 +274,7 @@ def _write_bucket(
         embeddings = _open_writer(
             stack, embeddings_folder / path.name, embedding_schema(night.width)
         )
-        source = stack.enter_context(pq.ParquetFile(path))
-        for batch in source.iter_batches(batch_size=CHUNK_USERS):
-            sequences = pa.Table.from_batches([batch])
+        for sequences in read_bucket(path, CHUNK_USERS):
             _check_sequences(sequences, path, night)
             chunk = _embed(sequences, path, known, night)
             states.write_table(chunk.states)

@@ -1,72 +1,139 @@
-"""Arrivals on disk: one folder of events and one of quarantined rows each, always consistent.
+"""Arrivals on disk: what each load left behind, and which load of an arrival counts.
 
-A load stages its rows in DuckDB tables; here they become Parquet. Both folders carry the same
-`load.json`, with a digest of each side: where they disagree, a kill came between the two renames,
-and the next load of the arrival writes both again.
+An arrival is named `history` (a bulk load) or after its day. Every load of it writes a folder of
+its own, `events/arrival=<key>/load=<id>/`, named after its content; `events/arrival=<key>/load.json`
+points to the one that counts and is replaced in one rename, so an arrival is always whole. A load
+with the content of the one before it changes nothing.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-import duckdb
-
-from behavior_pipeline.contracts import CANONICAL_EVENTS, QUARANTINE
+from behavior_pipeline.contracts import CANONICAL_EVENTS
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import open_engine, quote_identifier, quote_text
-from behavior_pipeline.storage import Storage, read_json, write_json, writing_folder
+from behavior_pipeline.storage import Storage, read_json, write_json
+from behavior_pipeline.windows import midnight
 
-EVENTS_FILE: Final = "events.parquet"
-QUARANTINE_FILE: Final = "quarantine.parquet"
+HISTORY: Final = "history"
+"""The arrival of a bulk load; it comes before all days."""
+
 LOAD_FILE: Final = "load.json"
+DELETIONS_FILE: Final = "deletions.parquet"
+VERSIONS_FILE: Final = "versions.parquet"
+CHANGES_FILE: Final = "changes.parquet"
+QUARANTINE_FILE: Final = "quarantine.parquet"
+_LAYOUT_FILE: Final = "layout.json"
 
 EVENT_COLUMNS: Final = tuple(
-    name for name in CANONICAL_EVENTS.schema.names if name != "ingested_at"
+    name for name in CANONICAL_EVENTS.schema.names if name not in {"ingested_at", "user_bucket"}
 )
-"""What a row itself says; `ingested_at` says only when it came."""
-_QUARANTINE_COLUMNS: Final = tuple(
-    name for name in QUARANTINE.schema.names if name != "quarantined_at"
-)
+"""What a row itself says; the others say when it came and where it lies."""
 
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """What a load did; accepted + quarantined = read, inserted + repeated = accepted.
+    """What a load did; stored + duplicates + deletions + quarantined = read.
 
     Attributes:
         num_read: data rows read, malformed lines included.
-        num_accepted: rows that keep the contract.
-        num_inserted: accepted rows that are events of this arrival.
-        num_repeated: accepted rows that another arrival, or this one, already has.
+        num_accepted: rows that keep the contract, tombstones included.
+        num_stored: events of this arrival on disk.
+        num_duplicates: accepted rows that repeat another row of this load, and were kept once.
+        num_known: stored events that another arrival holds with the same content.
+        num_corrected: stored events that another arrival holds with other content.
+        num_deletions: ids that this arrival deletes.
         num_quarantined: rows that break the contract.
-        num_users: distinct users of accepted rows.
-        first_event_at, last_event_at: span of accepted rows, None without any.
+        num_users: distinct users of stored events.
+        num_users_touched: users whose history this load changed.
+        first_event_at, last_event_at: span of stored events, None without any.
         reasons: quarantined rows by reason.
+        late: of a day's new events, how many by age in days (`same day`, `1 day`, …).
     """
 
     num_read: int
     num_accepted: int
-    num_inserted: int
-    num_repeated: int
+    num_stored: int
+    num_duplicates: int
+    num_known: int
+    num_corrected: int
+    num_deletions: int
     num_quarantined: int
     num_users: int
+    num_users_touched: int
     first_event_at: datetime | None
     last_event_at: datetime | None
     reasons: dict[str, int]
+    late: dict[str, int]
+
+    @property
+    def num_inserted(self) -> int:
+        """Events that no other arrival holds as they are."""
+        return self.num_stored - self.num_known
+
+    @property
+    def num_repeated(self) -> int:
+        """Accepted rows that said nothing new."""
+        return self.num_duplicates + self.num_known
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The load of an arrival that counts.
+
+    Attributes:
+        key: `history`, or `YYYY-MM-DD`.
+        load_id: hash of the content.
+        events_id: hash of its events and deletions alone.
+        folder: holds the files of the load.
+        is_bucketed: whether there is a file per bucket of users instead of one for all.
+        changes_everything: whether the load counts as touching every user.
+    """
+
+    key: str
+    load_id: str
+    events_id: str
+    folder: Path
+    is_bucketed: bool
+    changes_everything: bool
+
+    def event_files(self, bucket: int | None = None) -> list[Path]:
+        """Return the files of events that may hold users of a bucket, or of any."""
+        pattern = "events*.parquet"
+        if self.is_bucketed and bucket is not None:
+            pattern = f"events-{bucket:04d}-*.parquet"
+        return sorted(self.folder.glob(pattern))
+
+    @property
+    def rank(self) -> str:
+        """Sorts arrivals from old to new: the history, then the days."""
+        return arrival_rank(self.key)
 
 
 @dataclass(frozen=True)
 class EventsSpan:
-    """How many events there are, and from when to when."""
+    """How many events there are, and from when to when.
+
+    Attributes:
+        num_events: events of all arrivals.
+        first_event_at, last_event_at: over all of them.
+        known_through: the midnight up to which arrivals are complete: the end of the newest
+            arrival's day, or the last event if that is later.
+    """
 
     num_events: int
     first_event_at: datetime
     last_event_at: datetime
+    known_through: datetime
+
+
+def arrival_rank(key: str) -> str:
+    """Return a text that sorts arrivals from old to new."""
+    return "" if key == HISTORY else key
 
 
 def arrival_folder(parent: Path, arrival: str) -> Path:
@@ -74,144 +141,102 @@ def arrival_folder(parent: Path, arrival: str) -> Path:
     return parent / f"arrival={arrival}"
 
 
-def own_events(storage: Storage, arrival: str) -> Path | None:
-    """Return the event file of an arrival, if it was loaded before."""
-    file = arrival_folder(storage.events, arrival) / EVENTS_FILE
-    return file if file.is_file() else None
+def load_document(storage: Storage, arrival: str) -> dict[str, Any] | None:
+    """Return what is recorded of the load of an arrival that counts, None if there is none."""
+    file = arrival_folder(storage.events, arrival) / LOAD_FILE
+    return read_json(file) if file.is_file() else None
 
 
-def other_arrivals(storage: Storage, arrival: str) -> list[str]:
-    """Return the event files of all other arrivals, sorted."""
-    own = arrival_folder(storage.events, arrival)
-    files = storage.events.glob(f"arrival=*/{EVENTS_FILE}")
-    return sorted(str(file) for file in files if file.parent != own)
-
-
-def write_arrival(
-    connection: duckdb.DuckDBPyConnection,
-    storage: Storage,
-    arrival: str,
-    summary: LoadSummary,
-    ingested_at: datetime,
-) -> None:
-    """Write the relations `inserted` and `quarantined` as an arrival, if they say anything new.
-
-    Events that are there already keep their folder, and so their `ingested_at`. Quarantine goes
-    first: `events/…/load.json` is the last thing to appear.
-    """
-    events_folder = arrival_folder(storage.events, arrival)
-    quarantine_folder = arrival_folder(storage.quarantine, arrival)
-    document = asdict(summary) | {
-        "arrival": arrival,
-        "events_digest": _digest(connection, "inserted", EVENT_COLUMNS),
-        "quarantine_digest": _digest(connection, "quarantined", _QUARANTINE_COLUMNS),
-    }
-    has_events = _says(events_folder, EVENTS_FILE, document, ["events_digest"])
-    has_quarantine = _says(
-        quarantine_folder, QUARANTINE_FILE, document, ["events_digest", "quarantine_digest"]
+def find_arrival(storage: Storage, arrival: str) -> Arrival | None:
+    """Return the load of an arrival that counts, None if it was never loaded."""
+    document = load_document(storage, arrival)
+    if document is None:
+        return None
+    folder = arrival_folder(storage.events, arrival) / f"load={document['load_id']}"
+    return Arrival(
+        arrival,
+        document["load_id"],
+        document["events_id"],
+        folder,
+        document["is_bucketed"],
+        document["changes_everything"],
     )
-    kept = read_json(events_folder / LOAD_FILE) if has_events else {}
-    document["ingested_at"] = kept.get("ingested_at", ingested_at)
-    with ExitStack() as swaps:  # leaves in reverse: quarantine is swapped in first
-        if not has_events:
-            folder = swaps.enter_context(writing_folder(events_folder))
-            _write_events(connection, folder / EVENTS_FILE, ingested_at)
-            write_json(folder / LOAD_FILE, document)
-        if not has_quarantine:
-            folder = swaps.enter_context(writing_folder(quarantine_folder))
-            _write_quarantine(connection, folder / QUARANTINE_FILE, ingested_at)
-            write_json(folder / LOAD_FILE, document)
-    if has_events and not _says(
-        events_folder, EVENTS_FILE, document, [*asdict(summary), "quarantine_digest"]
-    ):
-        write_json(events_folder / LOAD_FILE, document)
 
 
-def events_span(storage: Storage, settings: Settings) -> EventsSpan:
-    """Return the number and the span of all events, from their Parquet files.
+def loaded_arrivals(storage: Storage) -> list[Arrival]:
+    """Return all arrivals, from old to new."""
+    keys = [path.parent.name.partition("=")[2] for path in storage.events.glob(f"*/{LOAD_FILE}")]
+    found = [find_arrival(storage, key) for key in sorted(keys, key=arrival_rank)]
+    return [arrival for arrival in found if arrival is not None]
+
+
+def other_arrivals(storage: Storage, arrival: str) -> list[Arrival]:
+    """Return all arrivals but one, from old to new."""
+    return [other for other in loaded_arrivals(storage) if other.key != arrival]
+
+
+def num_buckets(storage: Storage, wanted: int) -> int:
+    """Return the number of buckets that a home's users are in: its first load settled it."""
+    layout = storage.events / _LAYOUT_FILE
+    return int(read_json(layout)["num_buckets"]) if layout.is_file() else wanted
+
+
+def commit_load(
+    storage: Storage, arrival: str, load_id: str, summary: LoadSummary, document: dict[str, Any]
+) -> None:
+    """Let a finished load count from now on, and remove the loads before it."""
+    folder = arrival_folder(storage.events, arrival)
+    if not (storage.events / _LAYOUT_FILE).is_file():
+        write_json(storage.events / _LAYOUT_FILE, {"num_buckets": document["num_buckets"]})
+    content = asdict(summary) | document | {"arrival": arrival, "load_id": load_id}
+    write_json(folder / LOAD_FILE, content)
+    for parent in (folder, arrival_folder(storage.quarantine, arrival)):
+        for old in parent.glob("load=*"):
+            if old.name != f"load={load_id}":
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def events_span(storage: Storage) -> EventsSpan:
+    """Return the number and the span of all events, as their loads recorded them.
 
     Raises:
         PipelineError: if no events were loaded.
     """
-    files = sorted(str(file) for file in storage.events.glob("arrival=*/*.parquet"))
-    row: tuple[Any, ...] | None = None
-    if files:
-        with open_engine(settings.memory_limit, settings.threads, storage.scratch) as connection:
-            row = connection.execute(
-                "SELECT count(*), min(occurred_at), max(occurred_at) FROM read_parquet(?)", [files]
-            ).fetchone()
-    if row is None or row[0] == 0:
+    documents = [
+        document
+        for arrival in loaded_arrivals(storage)
+        if (document := load_document(storage, arrival.key))
+    ]
+    spans = [
+        (_time(document["first_event_at"]), _time(document["last_event_at"]))
+        for document in documents
+        if document["num_stored"]
+    ]
+    if not spans:
         raise PipelineError(
             f"No events are loaded in '{storage.home}'.",
             "Load some first: behavior-pipeline run --source … --path …",
         )
-    return EventsSpan(int(row[0]), row[1], row[2])
+    last = max(end for _, end in spans)
+    days = [document["arrival"] for document in documents if document["arrival"] != HISTORY]
+    ends = [midnight(date.fromisoformat(day)) + timedelta(days=1) for day in days if _is_day(day)]
+    return EventsSpan(
+        num_events=sum(document["num_stored"] - document["num_known"] for document in documents),
+        first_event_at=min(begin for begin, _ in spans),
+        last_event_at=last,
+        known_through=max([last, *ends]),
+    )
 
 
-def _says(folder: Path, file: str, document: dict[str, Any], keys: list[str]) -> bool:
-    """Tell whether a complete folder's load.json agrees with a document on some keys."""
-    if not ((folder / file).is_file() and (folder / LOAD_FILE).is_file()):
+def _time(text: str) -> datetime:
+    """Read a recorded time."""
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _is_day(key: str) -> bool:
+    """Tell an arrival of a day from one with another name."""
+    try:
+        date.fromisoformat(key)
+    except ValueError:
         return False
-    kept = read_json(folder / LOAD_FILE)
-    return all(str(kept.get(key)) == str(document[key]) for key in keys)
-
-
-def _digest(connection: duckdb.DuckDBPyConnection, relation: str, columns: tuple[str, ...]) -> str:
-    """Return a digest of a relation's rows that does not depend on their order."""
-    parts = ", ".join(_digest_part(name) for name in columns)
-    rows, digest = connection.execute(
-        f"SELECT count(*), bit_xor(md5_number(concat_ws(chr(31), {parts}))) FROM {relation}"
-    ).fetchall()[0]
-    return f"{rows}-{digest or 0:032x}"
-
-
-def _digest_part(column: str) -> str:
-    """Return SQL for a column's share of a digest; null differs from an empty text."""
-    name = quote_identifier(column)
-    value = f"epoch_us({name})" if column == "occurred_at" else name
-    return f"coalesce({value}::VARCHAR, chr(30))"
-
-
-def _write_events(connection: duckdb.DuckDBPyConnection, file: Path, ingested_at: datetime) -> None:
-    """Write the relation `inserted` in the contract's columns and order."""
-    given = {"ingested_at": _time_constant(ingested_at)}
-    _copy(
-        connection,
-        "inserted",
-        CANONICAL_EVENTS.schema.names,
-        given,
-        CANONICAL_EVENTS.sort_order,
-        file,
-    )
-
-
-def _write_quarantine(
-    connection: duckdb.DuckDBPyConnection, file: Path, quarantined_at: datetime
-) -> None:
-    """Write the relation `quarantined` in the contract's columns and order."""
-    given = {"quarantined_at": _time_constant(quarantined_at)}
-    _copy(connection, "quarantined", QUARANTINE.schema.names, given, QUARANTINE.sort_order, file)
-
-
-def _copy(
-    connection: duckdb.DuckDBPyConnection,
-    relation: str,
-    columns: list[str],
-    given: dict[str, str],
-    order: tuple[str, ...],
-    file: Path,
-) -> None:
-    """Write a relation to a Parquet file, in total order."""
-    selected = ", ".join(
-        f"{given[name]} AS {name}" if name in given else quote_identifier(name) for name in columns
-    )
-    connection.execute(
-        f"COPY (SELECT {selected} FROM {relation} ORDER BY {', '.join(order)}) "
-        f"TO {quote_text(str(file))} (FORMAT parquet, COMPRESSION zstd)"
-    )
-    file.chmod(0o600)
-
-
-def _time_constant(time: datetime) -> str:
-    """Return a time as SQL."""
-    return f"TIMESTAMPTZ {quote_text(time.isoformat())}"
+    return True

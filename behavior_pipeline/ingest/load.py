@@ -8,41 +8,61 @@ nothing, and two truly identical rows stay two events.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import duckdb
 
+from behavior_pipeline.contracts import CANONICAL_EVENTS, QUARANTINE
 from behavior_pipeline.ingest.arrivals import (
     EVENT_COLUMNS,
+    HISTORY,
+    QUARANTINE_FILE,
+    Arrival,
     LoadSummary,
+    arrival_folder,
+    commit_load,
+    find_arrival,
+    num_buckets,
     other_arrivals,
-    own_events,
-    write_arrival,
 )
 from behavior_pipeline.ingest.files import DATE_PLACE, find_files
 from behavior_pipeline.ingest.mapping import check_columns
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
-from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source, unreadable
-from behavior_pipeline.ingest.validation import judged_rows
+from behavior_pipeline.ingest.sources import unreadable
+from behavior_pipeline.ingest.staging import Scope, Staged, deduplicate, placed, stage
+from behavior_pipeline.ingest.summary import read_summary, summarize
+from behavior_pipeline.ingest.versions import (
+    changes_everything,
+    find_changes,
+    find_versions,
+    write_changes,
+    write_deletions,
+    write_versions,
+)
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import open_engine, quote_text
-from behavior_pipeline.storage import Storage, aside_of, make_private_folder
-from behavior_pipeline.windows import midnight
+from behavior_pipeline.sql import fetch_one, open_engine, quote_text
+from behavior_pipeline.storage import (
+    Storage,
+    aside_of,
+    make_private_folder,
+    working_alone,
+    writing_folder,
+)
+
+__all__ = ["HISTORY", "load_arrival"]
 
 _NUM_STEPS: Final = 4
-HISTORY: Final = "history"
-"""The arrival of a bulk load."""
-
 _NOT_THE_FILES_FAULT: Final = (
     duckdb.OutOfMemoryException,
     duckdb.InterruptException,
@@ -50,29 +70,24 @@ _NOT_THE_FILES_FAULT: Final = (
     duckdb.CatalogException,
     duckdb.ParserException,
 )
-_EVENTS: Final = ", ".join(EVENT_COLUMNS)
 
 
 @dataclass(frozen=True)
-class _Scope:
-    """Which rows of the source a load takes.
+class _Load:
+    """What is being loaded, and where to."""
 
-    Attributes:
-        day: only rows that occurred on this UTC day (the replay of a dump); None takes all.
-        is_bulk: whether this is a history, on which something shall be learned.
-    """
-
-    day: date | None
-    is_bulk: bool
+    preset: Preset
+    storage: Storage
+    settings: Settings
+    arrival: str
+    ingested_at: datetime
+    own: Arrival | None
+    workspace: Path
 
     @property
-    def condition(self) -> str:
-        """SQL on canonical rows."""
-        if self.day is None:
-            return "true"
-        begin = midnight(self.day)
-        bounds = [quote_text(time.isoformat()) for time in (begin, begin + timedelta(days=1))]
-        return f"occurred_at >= TIMESTAMPTZ {bounds[0]} AND occurred_at < TIMESTAMPTZ {bounds[1]}"
+    def num_buckets(self) -> int:
+        """Buckets that the home's users are in."""
+        return num_buckets(self.storage, self.settings.num_buckets)
 
 
 def load_arrival(
@@ -93,7 +108,8 @@ def load_arrival(
         storage: gets `events/arrival=<arrival>/` and `quarantine/arrival=<arrival>/`.
         settings: memory, threads and the share of rows that may be quarantined.
         arrival: "history" for a bulk load, "YYYY-MM-DD" for a night.
-        ingested_at: becomes a column of new events; events already here keep theirs.
+        ingested_at: becomes a column of new events; a load that says what the arrival says already
+            leaves everything as it is.
         day: the night's day. If the path has `{date}`, those files are taken whole, otherwise only
             the rows that occurred on that UTC day.
         report: told of four steps.
@@ -105,36 +121,52 @@ def load_arrival(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
-    scope = _Scope(None if DATE_PLACE in path else day, is_bulk=arrival == HISTORY)
-    found = find_files(path, day)
+    scope = Scope(None if DATE_PLACE in path else day, is_bulk=arrival == HISTORY)
     engine = open_engine(settings.memory_limit, settings.threads, storage.scratch)
-    with engine as connection, _workspace(storage.scratch) as workspace:
-        try:
-            report(0, _NUM_STEPS, "reading")
-            source = open_source(connection, found, workspace)
-            check_columns(preset.columns, source.columns, source.path)
-            _stage(connection, preset, source, scope)
-            report(1, _NUM_STEPS, "judging")
-            num_read = _count_read(connection, preset, source, scope)
-        except _NOT_THE_FILES_FAULT:
-            raise
-        except duckdb.Error as error:
-            raise unreadable(found.path, error) from None
-        refuse_bad_load(connection, preset, source, settings, scope.day, scope.is_bulk)
-        _deduplicate(connection, preset, other_arrivals(storage, arrival))
-        if scope.is_bulk:
-            refuse_lost_history(connection, own_events(storage, arrival), found.path)
-        report(2, _NUM_STEPS, "comparing")
-        summary = _summarize(connection, num_read)
-        report(3, _NUM_STEPS, "writing")
-        write_arrival(connection, storage, arrival, summary, ingested_at)
-        report(_NUM_STEPS, _NUM_STEPS, f"{summary.num_inserted:,} events")
+    with (
+        working_alone(storage),
+        engine as connection,
+        _workspace(storage.scratch) as workspace,
+    ):
+        own = find_arrival(storage, arrival)
+        load = _Load(preset, storage, settings, arrival, ingested_at, own, workspace)
+        return _load(connection, load, path, day, scope, report)
+
+
+def _load(
+    connection: duckdb.DuckDBPyConnection,
+    load: _Load,
+    path: str,
+    day: date | None,
+    scope: Scope,
+    report: Report,
+) -> LoadSummary:
+    """Stage, judge, compare and write."""
+    place = placed(load.ingested_at, load.num_buckets)
+    found = find_files(path, day)
+    try:
+        report(0, _NUM_STEPS, "reading")
+        source = open_source(connection, found, load.workspace)
+        check_columns(load.preset.columns, source.columns, source.path)
+        staged = stage(connection, load.preset, source, scope, place, load.workspace)
+    except _NOT_THE_FILES_FAULT:
+        raise
+    except duckdb.Error as error:
+        raise unreadable(found.path, error) from None
+    report(1, _NUM_STEPS, "judging")
+    refuse_bad_load(connection, load.preset, source, load.settings, scope.day, scope.is_bulk)
+    deduplicate(connection, load.preset, source, scope, place)
+    if scope.is_bulk:
+        refuse_lost_history(connection, load.own.event_files() if load.own else [], found.path)
+    report(2, _NUM_STEPS, "comparing")
+    summary = _settle(connection, load, staged, report)
+    report(_NUM_STEPS, _NUM_STEPS, f"{summary.num_stored:,} events")
     return summary
 
 
 @contextmanager
 def _workspace(scratch: Path) -> Iterator[Path]:
-    """Yield a folder for mended copies of files, and remove it."""
+    """Yield a folder for staged rows and mended copies of files, and remove it."""
     folder = make_private_folder(aside_of(scratch / "load"))
     try:
         yield folder
@@ -142,122 +174,107 @@ def _workspace(scratch: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stage(
-    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: _Scope
+def _settle(
+    connection: duckdb.DuckDBPyConnection, load: _Load, staged: Staged, report: Report
+) -> LoadSummary:
+    """Write the arrival if it says anything new; return what is recorded of it."""
+    events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
+    rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
+    load_id = hashlib.sha256(f"{events_id} {rejected}".encode()).hexdigest()[:16]
+    if load.own is not None and load.own.load_id == load_id:
+        return read_summary(load.storage, load.arrival)
+    find_versions(connection, other_arrivals(load.storage, load.arrival), load.own)
+    is_everything = bool(staged.files) and changes_everything(connection, load.own)
+    if is_everything:  # a list of all users and days would say no more
+        connection.execute("CREATE TEMP TABLE changes (user_id VARCHAR, activity_date DATE)")
+    else:
+        find_changes(connection, load.arrival)
+    summary = summarize(connection, staged.num_read, load.arrival, is_everything=is_everything)
+    report(3, _NUM_STEPS, "writing")
+    is_same = load.own is not None and load.own.events_id == events_id
+    _write(connection, load, load_id, staged, has_same_events=is_same)
+    document = {
+        "events_id": events_id,
+        "is_bucketed": bool(staged.files),
+        "num_buckets": load.num_buckets,
+        "changes_everything": is_everything or (load.own is not None and load.own.changes_everything),
+        "ingested_at": load.ingested_at.isoformat(),
+    }
+    commit_load(load.storage, load.arrival, load_id, summary, document)
+    return summary
+
+
+def _content_id(connection: duckdb.DuckDBPyConnection, **relations: Sequence[str]) -> str:
+    """Return a hash of some columns of all rows of some relations, whatever their order."""
+    digest = hashlib.sha256()
+    for relation, columns in relations.items():
+        query = f"SELECT count(*), sum(hash({', '.join(columns)})::HUGEINT) FROM {relation}"
+        digest.update(repr(fetch_one(connection, query)).encode())
+    return digest.hexdigest()[:16]
+
+
+_QUARANTINE_COLUMNS: Final = [n for n in QUARANTINE.schema.names if n != "quarantined_at"]
+
+
+def _write(
+    connection: duckdb.DuckDBPyConnection,
+    load: _Load,
+    load_id: str,
+    staged: Staged,
+    *,
+    has_same_events: bool,
 ) -> None:
-    """Read the source into the tables `accepted` and `quarantined`.
+    """Write the files of a load: quarantine first, then what `load.json` will point to."""
+    quarantine = arrival_folder(load.storage.quarantine, load.arrival) / f"load={load_id}"
+    with writing_folder(quarantine) as folder:
+        _write_quarantine(connection, folder / QUARANTINE_FILE, load.ingested_at)
+    events = arrival_folder(load.storage.events, load.arrival) / f"load={load_id}"
+    with writing_folder(events) as folder:
+        write_versions(connection, load.arrival, load_id, folder)
+        write_changes(connection, load.own, folder)
+        write_deletions(connection, folder)
+        if has_same_events and load.own is not None:  # and so keep the time at which they came
+            for file in load.own.event_files():
+                (folder / file.name).hardlink_to(file)
+        else:
+            _write_events(connection, staged, folder)
 
-    Twice: rows that are good are read in parallel and without a row number; only if some are not,
-    the source is read in order, and those are kept with their number and their raw text.
-    """
-    judged = judged_rows(preset.columns, source.columns, source.plain_rows)
+
+def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder: Path) -> None:
+    """Write the relation `stored`: one file in the contract's order, or files by bucket."""
+    columns = ", ".join(CANONICAL_EVENTS.schema.names)
+    if not staged.files:
+        order = ", ".join(CANONICAL_EVENTS.sort_order)
+        _copy(connection, f"SELECT {columns} FROM stored ORDER BY {order}", folder / "events.parquet")
+        return
+    if fetch_one(connection, "SELECT count(*) FROM frequent")[0]:
+        for bucket in sorted({_bucket_of(file) for file in staged.files}):
+            rows = f"SELECT {columns} FROM stored WHERE user_bucket = {bucket}"
+            _copy(connection, rows, folder / f"events-{bucket:04d}-0000.parquet")
+        return
+    for number, file in enumerate(staged.files):
+        target = folder / f"events-{_bucket_of(file):04d}-{number:04d}.parquet"
+        file.rename(target)
+        target.chmod(0o600)
+
+
+def _bucket_of(staged_file: Path) -> int:
+    """Return the bucket whose users a staged file holds."""
+    return int(staged_file.parent.name.partition("=")[2])
+
+
+def _write_quarantine(
+    connection: duckdb.DuckDBPyConnection, file: Path, quarantined_at: datetime
+) -> None:
+    """Write the relation `quarantined` in the contract's columns and order."""
+    time = f"TIMESTAMPTZ {quote_text(quarantined_at.isoformat())} AS quarantined_at"
+    columns, order = ", ".join(_QUARANTINE_COLUMNS), ", ".join(QUARANTINE.sort_order)
+    _copy(connection, f"SELECT {columns}, {time} FROM quarantined ORDER BY {order}", file)
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
+    """Write a query to a private Parquet file."""
     connection.execute(
-        f"CREATE TEMP TABLE accepted AS SELECT {_EVENTS} FROM ({judged}) "
-        f"WHERE reason IS NULL AND {scope.condition}"
+        f"COPY ({query}) TO {quote_text(str(file))} (FORMAT parquet, COMPRESSION zstd)"
     )
-    is_complete = scope.day is None and _count(connection, "accepted") == source.num_rows
-    judged = judged_rows(preset.columns, source.columns, source.numbered_rows)
-    rejected = "false" if is_complete else f"reason IS NOT NULL AND {scope.condition}"
-    connection.execute(
-        "CREATE TEMP TABLE quarantined AS "
-        f"SELECT source_file, row_number, reason, column_name, {source.raw_row} AS raw_row "
-        f"FROM ({judged}) WHERE {rejected}"
-    )
-    if scope.day is None:  # a line that is no row has no day
-        connection.execute(
-            "INSERT INTO quarantined SELECT source_file, row_number, reason, NULL, raw_row "
-            f"FROM {MALFORMED_LINES}"
-        )
-
-
-def _count_read(
-    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: _Scope
-) -> int:
-    """Count the rows of the source apart from staging, so that none can vanish between."""
-    num_read = source.num_rows + source.num_malformed
-    if scope.day is not None:
-        judged = judged_rows(preset.columns, source.columns, source.plain_rows)
-        num_read = _count(connection, f"({judged}) WHERE {scope.condition}")
-    num_staged = _count(connection, "accepted") + _count(connection, "quarantined")
-    if num_staged != num_read:
-        raise AssertionError(f"read {num_read} rows, but staged {num_staged}")
-    return num_read
-
-
-def _deduplicate(connection: duckdb.DuckDBPyConnection, preset: Preset, others: list[str]) -> None:
-    """Create the view `inserted`: accepted rows, once each, that no other arrival has."""
-    connection.execute(
-        "CREATE TEMP TABLE frequent AS "
-        "SELECT event_id FROM accepted GROUP BY event_id HAVING count(*) > 1"
-    )
-    keep = _keep_one_each() if preset.columns.event_id else _number_identical_rows()
-    connection.execute(
-        f"CREATE TEMP VIEW distinct_events AS SELECT {_EVENTS} FROM accepted "
-        f"WHERE event_id NOT IN (FROM frequent) UNION ALL {keep}"
-    )
-    connection.execute("CREATE TEMP TABLE known (event_id VARCHAR)")
-    if others:
-        connection.execute(
-            "INSERT INTO known SELECT DISTINCT event_id FROM "
-            "read_parquet(?, hive_partitioning = false) "
-            "WHERE event_id IN (SELECT event_id FROM distinct_events)",
-            [others],
-        )
-    connection.execute(
-        "CREATE TEMP VIEW inserted AS SELECT * FROM distinct_events "
-        "WHERE event_id NOT IN (FROM known)"
-    )
-
-
-def _number_identical_rows() -> str:
-    """Return SQL that gives the second of identical rows, the third and so on ids of their own."""
-    return (
-        "SELECT * EXCLUDE (repeat) REPLACE "
-        "(if(repeat = 1, event_id, md5(event_id || ':' || repeat)) AS event_id) FROM "
-        f"(SELECT {_EVENTS}, row_number() OVER (PARTITION BY event_id) AS repeat "
-        "FROM accepted WHERE event_id IN (FROM frequent))"
-    )
-
-
-def _keep_one_each() -> str:
-    """Return SQL that keeps one row of each given id: the first by all of its columns."""
-    order = ", ".join(name for name in EVENT_COLUMNS if name != "event_id")
-    return (
-        f"SELECT {_EVENTS} FROM accepted WHERE event_id IN (FROM frequent) "
-        f"QUALIFY row_number() OVER (PARTITION BY event_id ORDER BY {order}) = 1"
-    )
-
-
-def _summarize(connection: duckdb.DuckDBPyConnection, num_read: int) -> LoadSummary:
-    """Count what was accepted, inserted, repeated and quarantined."""
-    num_accepted, num_users, first, last = _fetch(
-        connection,
-        "SELECT count(*), count(DISTINCT user_id), min(occurred_at), max(occurred_at) "
-        "FROM accepted",
-    )
-    num_inserted = _count(connection, "inserted")
-    reasons = connection.execute(
-        "SELECT reason, count(*) FROM quarantined GROUP BY reason ORDER BY reason"
-    ).fetchall()
-    return LoadSummary(
-        num_read=num_read,
-        num_accepted=num_accepted,
-        num_inserted=num_inserted,
-        num_repeated=num_accepted - num_inserted,
-        num_quarantined=sum(count for _, count in reasons),
-        num_users=num_users,
-        first_event_at=first,
-        last_event_at=last,
-        reasons=dict(reasons),
-    )
-
-
-def _count(connection: duckdb.DuckDBPyConnection, relation: str) -> int:
-    """Count the rows of a relation."""
-    return int(_fetch(connection, f"SELECT count(*) FROM {relation}")[0])
-
-
-def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    """Return the one row that a query answers."""
-    (row,) = connection.execute(query).fetchall()
-    return row
+    file.chmod(0o600)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Final
 
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.ingest.presets import ColumnMapping, Columns, TimeMapping
+from behavior_pipeline.ingest.presets import ColumnMapping, Columns, DeletionMapping, TimeMapping
 from behavior_pipeline.ingest.sources import SourceColumn
 from behavior_pipeline.sql import quote_text
 
@@ -53,9 +53,11 @@ def check_columns(columns: Columns, sources: Sources, path: str) -> None:
                 raise _missing_column(canonical, name, sources, path)
 
 
-def source_columns(mapping: ColumnMapping | TimeMapping | None) -> tuple[str, ...]:
+def source_columns(
+    mapping: ColumnMapping | TimeMapping | DeletionMapping | None,
+) -> tuple[str, ...]:
     """Return the source columns that a mapping reads."""
-    if isinstance(mapping, TimeMapping):
+    if isinstance(mapping, TimeMapping | DeletionMapping):
         return (mapping.column,)
     return mapping.source_columns if mapping else ()
 
@@ -130,6 +132,14 @@ def codes_value(mapping: ColumnMapping | None, sources: Sources) -> str:
     source = sources[mapping.column]
     value = source.expression if source.type.endswith("[]") else _text(source)
     return f"TRY_CAST({value} AS SMALLINT[])"
+
+
+def deletion_value(mapping: DeletionMapping | None, sources: Sources) -> str:
+    """Return SQL that tells a tombstone."""
+    if mapping is None:
+        return "false"
+    values = ", ".join(quote_text(value.lower()) for value in mapping.values)
+    return f"coalesce(lower({_text(sources[mapping.column])}) IN ({values}), false)"
 
 
 def is_given(name: str, sources: Sources) -> str:

@@ -85,6 +85,18 @@ class TimeMapping(_Strict):
         return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
 
 
+class DeletionMapping(_Strict):
+    """Which rows are tombstones: they delete the event of their id and need nothing else.
+
+    Attributes:
+        column: source column that tells.
+        values: what it holds in a tombstone, in any case.
+    """
+
+    column: str
+    values: Annotated[tuple[str, ...], Field(min_length=1)] = ("true", "t", "1", "yes")
+
+
 def _as_mapping(value: object) -> object:
     """Let `item_id: sku` stand for `item_id: {column: sku}`."""
     return {"column": value} if isinstance(value, str) else value
@@ -103,6 +115,13 @@ class Columns(_Strict):
     context: ColumnMapping | None = None
     amount: ColumnMapping | None = None
     codes: ColumnMapping | None = None
+    is_deleted: DeletionMapping | None = None
+
+    @model_validator(mode="after")
+    def _need_ids_to_delete(self) -> Columns:
+        if self.is_deleted is not None and self.event_id is None:
+            raise ValueError("is_deleted needs event_id: a tombstone names the event it deletes")
+        return self
 
     @field_validator("*", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.sources import Source
 from behavior_pipeline.settings import Settings
+from behavior_pipeline.sql import file_list
 
 _SHOWN_CHARACTERS = 80
 
@@ -39,7 +40,7 @@ def refuse_bad_load(
 
 
 def refuse_lost_history(
-    connection: duckdb.DuckDBPyConnection, known: Path | None, path: str
+    connection: duckdb.DuckDBPyConnection, known: list[Path], path: str
 ) -> None:
     """Refuse a history that lacks events of the one it would replace.
 
@@ -48,12 +49,11 @@ def refuse_lost_history(
     Raises:
         PipelineError: with the number of events that would be lost.
     """
-    if known is None:
+    if not known:
         return
     row = connection.execute(
-        "SELECT count(*) FROM read_parquet(?) "
-        "WHERE event_id NOT IN (SELECT event_id FROM distinct_events)",
-        [str(known)],
+        f"SELECT count(*) FROM read_parquet({file_list(known)}, hive_partitioning = false) AS known "
+        "ANTI JOIN (SELECT event_id FROM stored UNION ALL FROM deletions) USING (event_id)"
     ).fetchone()
     if row is not None and row[0]:
         raise PipelineError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -12,6 +12,7 @@ from behavior_pipeline.ingest.mapping import (
     Sources,
     codes_value,
     content_text,
+    deletion_value,
     is_given,
     number_value,
     source_columns,
@@ -50,7 +51,8 @@ class Rule:
 def judged_rows(columns: Columns, sources: Sources, rows: str) -> str:
     """Return SQL of canonical rows with `reason` and `column_name`, null for a good row.
 
-    Beside the canonical columns (without `ingested_at`) stand the columns of the relation.
+    Beside the canonical columns (without `ingested_at`) stand `is_deleted`, true for a tombstone,
+    and the columns of the relation. A tombstone needs nothing but its id.
     """
     checks = rules(columns, sources)
     reason = _first_broken(checks, [rule.reason for rule in checks])
@@ -64,9 +66,20 @@ def judged_rows(columns: Columns, sources: Sources, rows: str) -> str:
 
 def rules(columns: Columns, sources: Sources) -> list[Rule]:
     """Return every rule, in the order in which a row is judged."""
+    content = _content_rules(columns, sources)
+    if columns.is_deleted is not None:
+        content = [replace(rule, condition=f"NOT is_deleted AND ({rule.condition})") for rule in content]
+    rules = [Rule(NOT_AN_OBJECT, None, "is_broken"), *content]
+    if columns.event_id is not None:
+        condition = "coalesce(event_id, '') = ''"
+        rules.append(Rule(NO_EVENT_ID, _column(columns, "event_id"), condition))
+    return rules
+
+
+def _content_rules(columns: Columns, sources: Sources) -> list[Rule]:
+    """Return the rules for what an event must say."""
     time = columns.occurred_at.column
-    rules = [
-        Rule(NOT_AN_OBJECT, None, "is_broken"),
+    return [
         Rule(NO_USER, _column(columns, "user_id"), "coalesce(user_id, '') = ''"),
         Rule(NO_EVENT_TYPE, _column(columns, "event_type"), "coalesce(event_type, '') = ''"),
         Rule(NO_TIME, time, f"NOT {is_given(time, sources)}"),
@@ -76,11 +89,8 @@ def rules(columns: Columns, sources: Sources) -> list[Rule]:
         Rule(
             RESERVED_USER, _column(columns, "user_id"), f"user_id = {quote_text(COLD_START_USER)}"
         ),
+        *_codes_rules(columns, sources),
     ]
-    if columns.event_id is not None:
-        condition = "coalesce(event_id, '') = ''"
-        rules.append(Rule(NO_EVENT_ID, _column(columns, "event_id"), condition))
-    return rules + _codes_rules(columns, sources)
 
 
 def _values(columns: Columns, sources: Sources) -> dict[str, str]:
@@ -90,6 +100,7 @@ def _values(columns: Columns, sources: Sources) -> dict[str, str]:
     values["occurred_at"] = time_value(columns.occurred_at, sources)
     values["amount"] = number_value(columns.amount, sources).value
     values["codes"] = codes_value(columns.codes, sources)
+    values["is_deleted"] = deletion_value(columns.is_deleted, sources)
     is_given_id = columns.event_id is not None
     values["event_id"] = (
         text_value(columns.event_id, sources) if is_given_id else f"md5({content_text(sources)})"

@@ -58,15 +58,36 @@ def tokenize(
         A table under `contracts.SEQUENCES`, sorted by `user_id`. `num_events`, `first_event_at`
         and the first gap of a cut list are those of the whole token history.
     """
-    past = events.lazy().filter(pl.col("occurred_at") < cutoff).select(EVENT_COLUMNS)
-    users = past.select(pl.col("user_id").unique().sort())
-    tokens = (
-        past.filter(~pl.col("event_type").is_in(vocabulary.ignored_event_types))
-        .sort("user_id", "occurred_at", "event_id")
-        .select("user_id", "occurred_at", _gap_seconds(), *_token_ids(vocabulary))
+    past = _in_order(events.filter(pl.col("occurred_at") < cutoff).select(EVENT_COLUMNS))
+    users, *_ = _runs(past["user_id"])
+    kept = past
+    if vocabulary.ignored_event_types:
+        kept = past.filter(~pl.col("event_type").is_in(vocabulary.ignored_event_types))
+    tokens = kept.select("user_id", "occurred_at", _gap_seconds(), *_token_ids(vocabulary))
+    return _to_sequences(users.sort(), tokens, vocabulary, cutoff, max_events)
+
+
+def _in_order(events: pl.DataFrame) -> pl.DataFrame:
+    """Return events with each user's together and in order; sort them only if they are not."""
+    user, time = pl.col("user_id"), pl.col("occurred_at")
+    is_later = (time > time.shift(1)) | (
+        (time == time.shift(1)) & (pl.col("event_id") > pl.col("event_id").shift(1))
     )
-    user_rows, token_rows = pl.collect_all([users, tokens])
-    return _to_sequences(user_rows["user_id"], token_rows, vocabulary, cutoff, max_events)
+    checks = events.select(
+        num_runs=(user != user.shift(1)).fill_null(value=True).sum(),
+        num_users=user.n_unique(),
+        in_order=(is_later | (user != user.shift(1))).fill_null(value=True).all(),
+    ).row(0)
+    is_ordered = checks[0] == checks[1] and checks[2]
+    return events if is_ordered else events.sort("user_id", "occurred_at", "event_id")
+
+
+def _runs(users: pl.Series) -> tuple[pl.Series, _Places, _Places]:
+    """Return each run of equal users: who, where it begins and where it ends."""
+    is_first = (users != users.shift(1)).fill_null(value=True)
+    starts = np.asarray(is_first.arg_true(), dtype=np.int64)
+    ends = np.append(starts, len(users))[1:]
+    return users.gather(starts), starts, ends
 
 
 def _gap_seconds() -> pl.Expr:
@@ -119,9 +140,11 @@ def _to_sequences(
     cutoff: datetime,
     max_events: int,
 ) -> pa.Table:
-    """Cut the ordered tokens into one list per user; both arguments are in order of users."""
-    ends = np.asarray(tokens["user_id"].search_sorted(users, side="right"), dtype=np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    """Cut the tokens into one list per user; `users` is sorted, tokens have each user's together."""
+    names, run_starts, run_ends = _runs(tokens["user_id"])
+    places = np.asarray(users.search_sorted(names), dtype=np.int64)
+    starts, ends = np.zeros((2, len(users)), np.int64)
+    starts[places], ends[places] = run_starts, run_ends
     lengths = ends - starts
     kept, offsets = _newest(starts, ends, max_events)
     rows = tokens[kept].to_arrow()

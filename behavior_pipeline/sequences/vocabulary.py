@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS, TOKEN_FIELDS
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.layers import read_layers
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import open_engine, quote_identifier
@@ -150,18 +151,13 @@ def _open_events(
     trained_through: datetime,
 ) -> None:
     """Name the countable events `events`."""
-    folder = storage.events_sessionized
-    files = sorted(str(path) for path in folder.glob("user_bucket=*/*.parquet"))
-    if not files:
-        raise PipelineError(
-            f"There are no sessionized events in {folder}.", "Build the warehouse first."
-        )
+    layers = read_layers(storage.events_sessionized)
     # Views take no bound parameters, so the bounds stand in a table of one row.
     connection.execute(
         "create table bounds as select ?::timestamptz as trained_through, ?::varchar[] as ignored",
         [trained_through, list(ignored_event_types)],
     )
-    connection.read_parquet(files, hive_partitioning=False).create_view("all_events")
+    connection.execute(f"create view all_events as {layers.relation()}")
     connection.execute(
         "create view events as select all_events.* from all_events, bounds "
         "where occurred_at < trained_through and not list_contains(ignored, event_type)"

@@ -64,6 +64,8 @@ def _drop_internal(connection: duckdb.DuckDBPyConnection) -> None:
         "SELECT table_name, table_type FROM information_schema.tables "
         "WHERE table_schema = 'main' ORDER BY table_name"
     ).fetchall()
+    for schema in ("pipeline", "scope"):
+        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
     for name, type_ in relations:
         if name.startswith(_INTERNAL_PREFIXES):
             kind = "VIEW" if type_ == "VIEW" else "TABLE"

@@ -1,35 +1,118 @@
-"""Builds the warehouse with dbt: into a fresh file aside, then one rename."""
+"""Builds the warehouse: everybody from nothing, or the users touched since the last build.
+
+Both run the same plan on the same canonical events, so they give the same rows. Everybody is built
+bucket by bucket, in a file aside that is swapped in at the end. Users touched are built in the file
+that is there: until it is finished its state says what it was built from before, so a night that
+was killed is done again, and nothing to the right reads it meanwhile.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+from uuid import uuid4
 
-import behavior_pipeline
+import duckdb
+
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.ingest.arrivals import Arrival, loaded_arrivals, num_buckets
 from behavior_pipeline.ingest.presets import Preset
+from behavior_pipeline.layers import (
+    EVENTS_FILE,
+    USERS_FILE,
+    Layer,
+    Layers,
+    bucket_file,
+    layers_of,
+    point_to_layers,
+)
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.storage import Storage
+from behavior_pipeline.sql import (
+    fetch_one,
+    file_list,
+    open_engine,
+    quote_identifier,
+    quote_text,
+    utc_date,
+)
+from behavior_pipeline.storage import (
+    Storage,
+    working_alone,
+    writing_folder,
+)
+from behavior_pipeline.warehouse.plan import Model, Plan, load_plan
+from behavior_pipeline.warehouse.state import (
+    CHANGED_DATES,
+    MAX_LAYERED_SHARE,
+    MAX_TOUCHED_SHARE,
+    TOUCHED,
+    State,
+    find_touched,
+    read_state,
+    why_rebuild,
+    write_state,
+)
 from behavior_pipeline.warehouse.swap import database_aside, swap_in
-from behavior_pipeline.warehouse.variables import dbt_variables
+from behavior_pipeline.warehouse.variables import written_cutoff
+from behavior_pipeline.warehouse.workbench import EVENTS, Workbench
 from behavior_pipeline.windows import EvaluationWindows
 
-DBT_PROJECT = Path(behavior_pipeline.__file__).parents[1] / "dbt_sql"
-"""The dbt project at the root of the repository; it is its own profiles folder."""
+_WAY_OUT: Final = "The warehouse that analysts read stays as it was; correct what arrived and load it again."
 
-WITHOUT_UNIT_TESTS = ("--exclude", "test_type:unit")
-"""Unit tests check the SQL, not the data: a night need not repeat them."""
 
-_PROGRESS_LINE = re.compile(r"(\d+) of (\d+) (?:OK|PASS|WARN|ERROR|FAIL|SKIP)\w* (.*?)\s*\.*\s*\[")
-_CLOCK = re.compile(r"^\d\d:\d\d:\d\d\s*")
-_MAX_SHOWN_FAILURES = 3
+@dataclass(frozen=True)
+class WarehouseSummary:
+    """What a build did.
+
+    Attributes:
+        models: names of all models, each after what it depends on.
+        rebuilt: why everybody was rebuilt; empty if only the users touched were.
+        num_users: users with an event.
+        num_users_touched: users that were built.
+        rows: rows of each table.
+        seconds: time that each model took.
+        failures: rows that fail each data test that was run.
+    """
+
+    models: tuple[str, ...]
+    rebuilt: str
+    num_users: int
+    num_users_touched: int
+    rows: Mapping[str, int]
+    seconds: Mapping[str, float]
+    failures: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What a build works with."""
+
+    storage: Storage
+    settings: Settings
+    plan: Plan
+    windows: EvaluationWindows
+    arrivals: list[Arrival]
+    report: Report
+
+    @property
+    def night_cutoff(self) -> str:
+        """The night's own cutoff, as the models read it."""
+        return written_cutoff(max(self.windows.cutoffs))
+
+    def event_files(self, bucket: int | None = None) -> list[Path]:
+        """Canonical events that may be of a bucket, or of any."""
+        return [file for arrival in self.arrivals for file in arrival.event_files(bucket)]
+
+    def state(self, layers: Layers, num_users: int) -> State:
+        """Return the state that this build leaves."""
+        applied = {arrival.key: arrival.load_id for arrival in self.arrivals}
+        fingerprint = self.plan.fingerprint
+        return State(fingerprint, applied, self.night_cutoff, num_users, layers.document())
 
 
 def build_warehouse(
@@ -38,85 +121,285 @@ def build_warehouse(
     preset: Preset,
     windows: EvaluationWindows,
     report: Report = report_nothing,
-) -> None:
-    """Build every model from the canonical events, test it, and swap the new file in.
-
-    Raises:
-        PipelineError: if there are no events, or a model or a data test fails; the warehouse of
-            the run before then stays.
-    """
-    if next(storage.events.glob("arrival=*/*.parquet"), None) is None:
-        raise PipelineError(f"There are no events in {storage.events}.", "Ingest a source first.")
-    variables = dbt_variables(settings, preset, storage, windows)
-    with warehouse_aside(storage) as aside:
-        arguments = [
-            *dbt_arguments("build", variables | {"warehouse_path": str(aside)}, aside.parent),
-            *WITHOUT_UNIT_TESTS,
-        ]
-        run_dbt(arguments, report)
-        swap_in_warehouse(storage, aside)
-
-
-def dbt_arguments(command: str, variables: Mapping[str, object], work: Path) -> list[str]:
-    """Return dbt's arguments for a command, with everything it writes kept under `work`.
+    *,
+    from_nothing: bool = False,
+) -> WarehouseSummary:
+    """Bring every model up to date with the canonical events and the night, and test it.
 
     Args:
-        command: such as `build` or `compile`.
-        variables: those of `dbt_variables`, and `warehouse_path`.
-        work: folder for dbt's own artifacts and logs.
-    """
-    return [
-        command,
-        *("--project-dir", str(DBT_PROJECT)),
-        *("--profiles-dir", str(DBT_PROJECT)),
-        *("--target-path", str(work / "target")),
-        *("--log-path", str(work / "logs")),
-        *("--vars", json.dumps(variables, sort_keys=True)),
-    ]
-
-
-def warehouse_aside(storage: Storage) -> AbstractContextManager[Path]:
-    """Return a context that yields the path of a warehouse to be (`warehouse_path`)."""
-    return database_aside(storage, storage.warehouse)
-
-
-def swap_in_warehouse(storage: Storage, aside: Path) -> None:
-    """Put a finished warehouse in place of the old one, in one rename."""
-    swap_in(aside, storage.warehouse)
-
-
-def run_dbt(arguments: list[str], report: Report = report_nothing) -> None:
-    """Run dbt in a process of its own, so that its memory goes back when it is done.
+        storage: the source's home, with canonical events.
+        settings: memory, threads, buckets.
+        preset: what counts in the source.
+        windows: the night's cutoffs.
+        report: told of each model that is done, bucket by bucket.
+        from_nothing: build everybody, whatever is there.
 
     Raises:
-        PipelineError: with the models and tests that failed.
+        PipelineError: if there are no events, or a model or a data test fails. A build of everybody
+            then leaves the old warehouse; after another one the next build does its work again.
     """
-    command = [sys.executable, "-u", "-m", "dbt.cli.main", "--no-use-colors", *arguments]
-    with subprocess.Popen(  # noqa: S603 - the arguments are a list; no shell reads them
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
-    ) as process:
-        lines = list(_reported(process, report))
-    if process.returncode:
-        raise PipelineError(_failure(lines), "The old warehouse stays as it was.")
+    with working_alone(storage):
+        arrivals = loaded_arrivals(storage)
+        if not any(arrival.event_files() for arrival in arrivals):
+            raise PipelineError(
+                f"There are no events in {storage.events}.", "Ingest a source first."
+            )
+        plan = load_plan(storage, settings, preset, windows, report)
+        build = _Build(storage, settings, plan, windows, arrivals, report)
+        state = read_state(storage.warehouse)
+        reason = "asked for" if from_nothing else why_rebuild(state, plan.fingerprint, arrivals)
+        if state is not None and not reason:
+            outcome = _build_touched(build, state)
+            if isinstance(outcome, WarehouseSummary):
+                return outcome
+            reason = outcome
+        return _build_everybody(build, state, reason)
 
 
-def _reported(process: subprocess.Popen[str], report: Report) -> Iterator[str]:
-    """Yield dbt's lines, reporting each node that is done."""
-    for line in process.stdout or ():
-        if match := _PROGRESS_LINE.search(line):
-            report(int(match[1]), int(match[2]), match[3])
-        yield line.rstrip()
+def _build_everybody(build: _Build, state: State | None, reason: str) -> WarehouseSummary:
+    """Build all users, a bucket at a time, in a file aside."""
+    storage, plan = build.storage, build.plan
+    buckets = num_buckets(storage, build.settings.num_buckets)
+    before = layers_of(storage.events_sessionized, dict(state.layers)) if state else None
+    base = Layer(_new_id(), _next_version(before))
+    layers = Layers(storage.events_sessionized, base, (), buckets)
+    num_steps = buckets * len(plan.of_grain("user")) + len(plan.of_grain("days", "night", "view"))
+    with (
+        database_aside(storage, storage.warehouse) as aside,
+        _open(build, aside) as connection,
+    ):
+        bench = Workbench(connection, plan, _counter(build.report, num_steps))
+        bench.set_night(build.arrivals, build.windows)
+        bench.set_events(build.event_files())
+        _create_first(bench)
+        with writing_folder(layers.folder / f"base={base.id}") as folder:
+            for bucket in range(buckets):
+                _fill_bucket(bench, build, bucket, folder / bucket_file(bucket))
+        bench.clear_scope()
+        _finish(bench, layers, is_new=True)
+        failures = _test(bench, {})
+        num_users = _count_users(connection)
+        write_state(connection, build.state(layers, num_users))
+        summary = _summary(bench, reason, num_users, num_users, failures)
+        connection.execute("CHECKPOINT")
+        connection.close()
+        swap_in(aside, storage.warehouse)
+    point_to_layers(layers)
+    _remove_unused(layers, state)
+    return summary
 
 
-def _failure(lines: list[str]) -> str:
-    """Return what dbt says about the first failures, or its last lines."""
-    texts = [_CLOCK.sub("", line) for line in lines]
-    starts = [i for i, text in enumerate(texts) if re.match(r"(Failure|\w* ?Error) in ", text)]
-    shown = [text for start in starts[:_MAX_SHOWN_FAILURES] for text in texts[start : start + 4]]
-    about = [line for line in shown or texts[-8:] if line.strip() and "compiled code" not in line]
-    return "\n".join(("dbt could not build the warehouse:", *dict.fromkeys(about)))
+def _create_first(bench: Workbench) -> None:
+    """Make what the buckets are filled into, and the views over events that they go through."""
+    for model in bench.plan.of_grain("arrivals"):
+        bench.create(model)
+        bench.insert(model)
+    for model in bench.plan.of_grain("user"):
+        if not model.is_parquet:
+            bench.create(model)
+    for model in _views_over_events(bench.plan):
+        bench.create(model)
 
 
-def _environment() -> dict[str, str]:
-    """Return this process's environment without the developer's own dbt settings."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("DBT_")}
+def _views_over_events(plan: Plan) -> list[Model]:
+    """Return the views that come before the first model that is stored by user."""
+    names = [model.name for model in plan.models]
+    end = names.index(EVENTS)
+    return [model for model in plan.models[:end] if model.grain == "view"]
+
+
+def _fill_bucket(bench: Workbench, build: _Build, bucket: int, file: Path) -> None:
+    """Build the users of a bucket."""
+    files = build.event_files(bucket)
+    bench.set_events(files or build.event_files(), f"user_bucket = {bucket}")
+    for model in bench.plan.of_grain("user"):
+        if model.is_parquet:
+            bench.write(model, file)
+            bench.set_scope(model.name, f"FROM read_parquet({file_list([file])})")
+        else:
+            bench.insert(model)
+
+
+def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
+    """Build the users touched, in place; or say why everybody must be."""
+    storage, plan = build.storage, build.plan
+    known = layers_of(storage.events_sessionized, dict(state.layers))
+    num_steps = len(plan.of_grain("user", "days", "night"))
+    with _open(build, storage.warehouse) as connection:
+        bench = Workbench(connection, plan, _counter(build.report, num_steps))
+        num_touched = find_touched(connection, state, build.arrivals, build.night_cutoff)
+        if num_touched > MAX_TOUCHED_SHARE * state.num_users:
+            return f"{num_touched:,} of {state.num_users:,} users are touched"
+        if num_touched and _num_layered(connection, known) > MAX_LAYERED_SHARE * state.num_users:
+            return "more than half of the users are in layers"
+        bench.set_night(build.arrivals, build.windows)
+        for model in plan.of_grain("arrivals"):
+            bench.create(model)
+            bench.insert(model)
+        layers = _add_layer(bench, build, known) if num_touched else known
+        bench.clear_scope()
+        _finish(bench, layers, is_new=False)
+        newest = layers.layer_folder(layers.layers[-1]) if num_touched else None
+        failures = _test(bench, _touched_scope(plan, newest))
+        num_users = _count_users(connection)
+        write_state(connection, build.state(layers, num_users))
+        summary = _summary(bench, "", num_users, num_touched, failures)
+        connection.execute("CHECKPOINT")
+    point_to_layers(layers)
+    _remove_unused(layers, state)
+    return summary
+
+
+def _add_layer(bench: Workbench, build: _Build, known: Layers) -> Layers:
+    """Build the users touched and put their rows in place of the old ones."""
+    layer = Layer(_new_id(), _next_version(known))
+    layers = Layers(known.folder, known.base, (*known.layers, layer), known.num_buckets)
+    files, scope = build.event_files(), f"user_id IN (SELECT user_id FROM {TOUCHED})"
+    bench.set_events(files, scope)
+    with writing_folder(layers.layer_folder(layer)) as folder:
+        users = folder / USERS_FILE
+        bench.connection.execute(
+            f"COPY (FROM {TOUCHED} ORDER BY user_id) TO {quote_text(str(users))} (FORMAT parquet)"
+        )
+        users.chmod(0o600)
+        for model in bench.plan.of_grain("user"):
+            if model.is_parquet:
+                bench.write(model, folder / EVENTS_FILE)
+                reader = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"
+                bench.set_scope(model.name, reader)
+            else:
+                bench.replace(model, "user_id", TOUCHED)
+    return layers
+
+
+def _finish(bench: Workbench, layers: Layers, *, is_new: bool) -> None:
+    """Build what depends on more than one user, and the views over it."""
+    over_events = {model.name for model in _views_over_events(bench.plan)}
+    for model in bench.plan.models:
+        if model.is_parquet:
+            bench.point_events_to(model, layers)
+        elif model.grain == "days" and not is_new:
+            _replace_days(bench, model, layers)
+        elif model.grain in {"days", "night"}:
+            bench.create(model)
+            bench.insert(model)
+        elif model.grain == "view" and is_new and model.name not in over_events:
+            bench.create(model)
+
+
+def _replace_days(bench: Workbench, model: Model, layers: Layers) -> None:
+    """Build a model for the days on which something changed."""
+    if not fetch_one(bench.connection, f"SELECT count(*) FROM {CHANGED_DATES}")[0]:
+        return
+    dates = f"SELECT activity_date FROM {CHANGED_DATES}"
+    bench.set_scope(
+        EVENTS, f"SELECT * FROM ({layers.relation()}) WHERE {utc_date('occurred_at')} IN ({dates})"
+    )
+    bench.replace(model, "activity_date", CHANGED_DATES)
+    bench.clear_scope()
+
+
+def _test(bench: Workbench, scope: Mapping[str, str]) -> dict[str, int]:
+    """Run every data test on what was built.
+
+    Raises:
+        PipelineError: naming the tests that some rows fail.
+    """
+    for name, relation in scope.items():
+        bench.set_scope(name, relation)
+    failures = {test.name: bench.check(test) for test in bench.plan.tests}
+    bench.clear_scope()
+    failed = {name: rows for name, rows in failures.items() if rows}
+    if failed:
+        listed = "; ".join(f"{name} ({rows:,} rows)" for name, rows in failed.items())
+        raise PipelineError(f"Data tests of the warehouse failed: {listed}.", _WAY_OUT)
+    return failures
+
+
+def _touched_scope(plan: Plan, folder: Path | None) -> dict[str, str]:
+    """Return the rows of the users touched, of each model that is stored by user."""
+    scope = {
+        model.name: f"FROM main.{quote_identifier(model.name)} "
+        f"WHERE user_id IN (SELECT user_id FROM {TOUCHED})"
+        for model in plan.of_grain("user")
+    }
+    if folder is not None:
+        scope[EVENTS] = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"
+    return scope
+
+
+def _summary(
+    bench: Workbench, rebuilt: str, num_users: int, num_touched: int, failures: Mapping[str, int]
+) -> WarehouseSummary:
+    """Say what was done; call it while the warehouse is open."""
+    tables = [model for model in bench.plan.models if model.grain != "view"]
+    rows = {model.name: bench.count(model) for model in tables}
+    return WarehouseSummary(
+        models=tuple(model.name for model in bench.plan.models),
+        rebuilt=rebuilt,
+        num_users=num_users,
+        num_users_touched=num_touched,
+        rows=rows,
+        seconds=dict(bench.seconds),
+        failures=failures,
+    )
+
+
+def _open(build: _Build, database: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    """Open a warehouse to write to."""
+    settings = build.settings
+    spill = build.storage.scratch / "spill"
+    return open_engine(settings.memory_limit, settings.threads, spill, database)
+
+
+def _count_users(connection: duckdb.DuckDBPyConnection) -> int:
+    """Count the users with an event."""
+    return int(fetch_one(connection, "SELECT count(DISTINCT user_id) FROM main.user_days")[0])
+
+
+def _num_layered(connection: duckdb.DuckDBPyConnection, layers: Layers) -> int:
+    """Count the users that are in a layer, as often as they are."""
+    files = layers.users_files(layers.base.version)
+    if not files:
+        return 0
+    return int(fetch_one(connection, f"SELECT count(*) FROM read_parquet({file_list(files)})")[0])
+
+
+def _next_version(layers: Layers | None) -> int:
+    """Return the version after one."""
+    return layers.version + 1 if layers else 1
+
+
+def _new_id() -> str:
+    """Return a name that no folder has had: files of a version are never changed."""
+    return uuid4().hex[:12]
+
+
+def _counter(report: Report, num_steps: int) -> Callable[[str], None]:
+    """Return what counts finished models."""
+    done = 0
+
+    def finished(name: str) -> None:
+        nonlocal done
+        done += 1
+        report(min(done, num_steps), num_steps, name)
+
+    return finished
+
+
+def _remove_unused(layers: Layers, before: State | None) -> None:
+    """Remove folders that neither this version nor the one before it points to.
+
+    The one before stays for a night, for those who are reading it.
+    """
+    used = _folders(layers)
+    if before is not None:
+        used |= _folders(layers_of(layers.folder, dict(before.layers)))
+    for folder in layers.folder.glob("*=*"):
+        if folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(layers: Layers) -> set[str]:
+    """Return the names of the folders that a version needs."""
+    return {f"base={layers.base.id}"} | {f"layer={layer.id}" for layer in layers.layers}

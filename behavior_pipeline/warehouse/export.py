@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behavior_pipeline.contracts import (
-    EVENTS_SESSIONIZED,
     LABELS,
     PROPENSITY_LABELS,
     PROPENSITY_TARGETS,
@@ -46,16 +45,16 @@ def export_marts(
     windows: EvaluationWindows,
     report: Report = report_nothing,
 ) -> dict[str, int]:
-    """Write all events in buckets of users, and the marts of each cutoff; return row counts.
+    """Write the marts of each cutoff; return row counts.
 
-    `events_sessionized/user_bucket=<k>/part.parquet` holds a bucket in the contract's order; a
-    bucket without users is an empty file. Under `storage.marts(cutoff)` lie `user_rfm`,
-    `user_aggregates`, `labels` and `propensity_labels` with the rows of that cutoff only, and
-    `propensity_targets`, the same at each cutoff. Both kinds of labels are empty where the label
-    window reaches past the data.
+    Under `storage.marts(cutoff)` lie `user_rfm`, `user_aggregates`, `labels` and
+    `propensity_labels` with the rows of that cutoff only, and `propensity_targets`, the same at
+    each cutoff. Both kinds of labels are empty where the label window reaches past the data, and
+    aggregates but at the night's own cutoff. Sessionized events need no export: the build leaves
+    them in Parquet (see layers.py).
 
     Returns:
-        Rows by mart, `events_sessionized` and `<cutoff folder>/<mart>`.
+        Rows by mart, `<cutoff folder>/<mart>`.
 
     Raises:
         PipelineError: if there is no warehouse yet, or it was built for another night.
@@ -66,16 +65,10 @@ def export_marts(
     with open_engine(settings.memory_limit, settings.threads, spill) as connection:
         connection.execute(f"ATTACH {quote_text(str(storage.warehouse))} AS {_CATALOG} (READ_ONLY)")
         _check_night(connection, windows)
-        num_steps = settings.num_buckets + len(windows.cutoffs)
-
-        def report_step(done: int, _total: int, message: str) -> None:
-            report(done, num_steps, message)
-
-        num_events = _export_events(connection, storage, settings, report_step)
-        rows = {EVENTS_SESSIONIZED.name: num_events}
-        for step, cutoff in enumerate(windows.cutoffs, start=settings.num_buckets + 1):
+        rows = {}
+        for step, cutoff in enumerate(windows.cutoffs, start=1):
             rows |= _export_cutoff(connection, storage.marts(cutoff), cutoff)
-            report(step, num_steps, storage.marts(cutoff).name)
+            report(step, len(windows.cutoffs), storage.marts(cutoff).name)
     return rows
 
 
@@ -114,20 +107,6 @@ def user_aggregates_contract(connection: duckdb.DuckDBPyConnection) -> Contract:
         for name, type_, comment in columns
     ]
     return Contract(USER_AGGREGATES, pa.schema(fields), ("observation_cutoff", "user_id"))
-
-
-def _export_events(
-    connection: duckdb.DuckDBPyConnection, storage: Storage, settings: Settings, report: Report
-) -> int:
-    """Write one sorted file per bucket: sorting a bucket needs the memory of a bucket."""
-    num_rows = 0
-    with writing_folder(storage.events_sessionized) as folder:
-        for bucket in range(settings.num_buckets):
-            target = folder / f"user_bucket={bucket}" / "part.parquet"
-            query = _select(EVENTS_SESSIONIZED, "WHERE user_bucket = ?")
-            num_rows += _write(connection, query, [bucket], EVENTS_SESSIONIZED, target)
-            report(bucket + 1, settings.num_buckets, f"bucket {bucket}")
-    return num_rows
 
 
 def _export_cutoff(

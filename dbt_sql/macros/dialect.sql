@@ -19,12 +19,6 @@
   date_diff('hour', {{ utc_timestamp(earlier) }}, {{ utc_timestamp(later) }})
 {%- endmacro %}
 
-{#- A stable hash of the user: the first 32 bits of its MD5, so that every engine and every release
-    puts a user into the same bucket. -#}
-{% macro user_bucket(user_id, num_buckets) -%}
-  cast(cast('0x' || substr(md5({{ user_id }}), 1, 8) as bigint) % {{ num_buckets | int }} as integer)
-{%- endmacro %}
-
 {% macro is_weekend(date) -%}
   isodow({{ date }}) >= 6
 {%- endmacro %}

@@ -9,15 +9,13 @@
   activity_date >= cutoff_date - {{ days | int }}
 {%- endmacro %}
 
-{#- How varied a column is within the lookback: one row per cutoff and user. `entropy` is in nats,
+{#- How varied a column is in each user's events: one row per user. `entropy` is in nats,
     log(N) - sum(n log n) / N, summed as decimals so that it does not depend on threads,
     and rounded to what they keep. -#}
 {% macro diversity(events, column) -%}
   select
-    observation_cutoff,
     user_id,
     count(*) as num_values,
-    count(*) filter (where num_recent > 0) as num_recent_values,
     sum(num_events) as num_events,
     max(num_events) / sum(num_events) as top_share,
     abs(round(
@@ -28,14 +26,12 @@
     )) as entropy
   from (
     select
-      observation_cutoff,
       user_id,
       {{ column }},
-      count(*) as num_events,
-      count(*) filter (where is_recent) as num_recent
+      count(*) as num_events
     from {{ events }}
     where {{ column }} is not null
-    group by observation_cutoff, user_id, {{ column }}
+    group by user_id, {{ column }}
   ) as value_counts
-  group by observation_cutoff, user_id
+  group by user_id
 {%- endmacro %}

@@ -1,32 +1,31 @@
-{{ config(materialized='table') }}
+{{ config(materialized='table', meta={'grain': 'night'}) }}
 
 with
 
-events as (
+cutoffs as (
 
-    select * from {{ ref('stg_events') }}
+    select * from {{ source('pipeline', 'night_cutoffs') }}
+
+),
+
+user_days as (
+
+    select * from {{ ref('user_days') }}
 
 ),
 
 span as (
 
-    select max(occurred_at) as last_event_at from events
+    select max(last_event_at) as last_event_at from user_days
 
-),
-
-cutoffs as (
-
-    {% for cutoff in var('observation_cutoffs') -%}
-    select {{ timestamp_constant(cutoff) }} as observation_cutoff
-    {% if not loop.last -%} union {%- endif %}
-    {% endfor %}
 ),
 
 dated as (
 
     select
-        observation_cutoff,
-        {{ utc_date('observation_cutoff') }} as cutoff_date
+        *,
+        {{ utc_date('observation_cutoff') }} as cutoff_date,
+        max(observation_cutoff) over () as night_cutoff
     from cutoffs
 
 ),
@@ -38,15 +37,16 @@ final as (
         dated.cutoff_date,
         dated.cutoff_date - {{ var('lookback_days') | int }} as lookback_start_date,
         dated.cutoff_date + {{ var('horizon_days') | int }} as horizon_end_date,
-        dated.observation_cutoff = {{ timestamp_constant(var('train_cutoff')) }} as is_train_cutoff,
+        dated.is_train_cutoff,
+        dated.observation_cutoff = dated.night_cutoff as is_night_cutoff,
         coalesce(
             cast(dated.cutoff_date + {{ var('horizon_days') | int }} as timestamp)
             <= {{ utc_timestamp('span.last_event_at') }},
             false
         )
         -- A night knows what came before its own cutoff, also when nothing has come after it yet.
-        or dated.cutoff_date + {{ var('horizon_days') | int }} <= max(dated.cutoff_date) over ()
-            as is_label_complete
+        or dated.cutoff_date + {{ var('horizon_days') | int }}
+        <= {{ utc_date('dated.night_cutoff') }} as is_label_complete
     from dated
     cross join span
 

@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'days'}) }}
+
 with
 
 events as (

@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'user', 'stored_as': 'parquet'}) }}
+
 with
 
 session_starts as (
@@ -20,10 +22,10 @@ final as (
         context,
         amount,
         codes,
+        user_bucket,
         event_number,
         gap_seconds,
-        session_started_at,
-        {{ user_bucket('user_id', var('num_buckets')) }} as user_bucket
+        session_started_at
     from session_starts
 
 )

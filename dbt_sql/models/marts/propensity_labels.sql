@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'night'}) }}
+
 with
 
 cutoffs as (
@@ -6,9 +8,9 @@ cutoffs as (
 
 ),
 
-events as (
+target_days as (
 
-    select * from {{ ref('events_sessionized') }}
+    select * from {{ ref('int_user_target_days') }}
 
 ),
 
@@ -24,28 +26,18 @@ targets as (
 
 ),
 
-label_windows as (
-
-    select
-        observation_cutoff,
-        cast(horizon_end_date as timestamp) as horizon_ended_at
-    from cutoffs
-    where is_label_complete
-
-),
-
 taken as (
 
     select distinct
-        label_windows.observation_cutoff,
-        events.{{ propensity_column() }} as target,
-        events.user_id
-    from events
-    inner join label_windows
+        cutoffs.observation_cutoff,
+        target_days.target,
+        target_days.user_id
+    from target_days
+    inner join cutoffs
         on
-            events.occurred_at >= label_windows.observation_cutoff
-            and {{ utc_timestamp('events.occurred_at') }} < label_windows.horizon_ended_at
-    where {{ is_propensity_event('events.event_type') }}
+            target_days.activity_date >= cutoffs.cutoff_date
+            and target_days.activity_date < cutoffs.horizon_end_date
+    where cutoffs.is_label_complete
 
 ),
 

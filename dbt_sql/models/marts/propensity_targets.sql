@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'night'}) }}
+
 with
 
 cutoffs as (
@@ -6,36 +8,24 @@ cutoffs as (
 
 ),
 
-events as (
+target_days as (
 
-    select * from {{ ref('events_sessionized') }}
-
-),
-
-train_window as (
-
-    select
-        observation_cutoff,
-        cast(lookback_start_date as timestamp) as lookback_started_at
-    from cutoffs
-    where is_train_cutoff
+    select * from {{ ref('int_user_target_days') }}
 
 ),
 
 value_counts as (
 
     select
-        events.{{ propensity_column() }} as target,
-        count(*) as num_events
-    from events
-    inner join train_window
+        target_days.target,
+        cast(sum(target_days.num_events) as bigint) as num_events
+    from target_days
+    inner join cutoffs
         on
-            {{ utc_timestamp('events.occurred_at') }} >= train_window.lookback_started_at
-            and events.occurred_at < train_window.observation_cutoff
-    where
-        {{ is_propensity_event('events.event_type') }}
-        and events.{{ propensity_column() }} is not null
-    group by events.{{ propensity_column() }}
+            target_days.activity_date >= cutoffs.lookback_start_date
+            and target_days.activity_date < cutoffs.cutoff_date
+    where cutoffs.is_train_cutoff
+    group by target_days.target
 
 ),
 

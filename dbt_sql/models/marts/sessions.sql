@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'user'}) }}
+
 with
 
 events as (
@@ -14,8 +16,8 @@ sessions as (
         max(occurred_at) as ended_at,
         count(*) as num_events,
         count(*) filter (where {{ is_qualifying('event_type') }}) as num_qualifying_events,
-        count(distinct item_id) as num_items,
-        count(distinct event_type) as num_event_types,
+        list_unique(list(item_id)) as num_items,
+        list_unique(list(event_type)) as num_event_types,
         {{ sum_of_amounts('amount') }} as amount,
         arg_min(event_type, event_number) as first_event_type,
         arg_max(event_type, event_number) as last_event_type,

@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'night'}) }}
+
 with
 
 cutoffs as (
@@ -12,9 +14,9 @@ user_days as (
 
 ),
 
-events as (
+user_diversity as (
 
-    select * from {{ ref('events_sessionized') }}
+    select * from {{ ref('int_user_diversity') }}
 
 ),
 
@@ -28,6 +30,7 @@ known_days as (
         cutoffs.lookback_start_date
     from user_days
     inner join cutoffs on user_days.activity_date < cutoffs.cutoff_date
+    where cutoffs.is_night_cutoff
 
 ),
 
@@ -75,41 +78,6 @@ history as (
 
 ),
 
-recent_events as (
-
-    select
-        cutoffs.observation_cutoff,
-        events.user_id,
-        events.item_id,
-        events.category,
-        events.event_type,
-        {{ utc_date('events.occurred_at') }} >= cutoffs.cutoff_date - 30 as is_recent
-    from events
-    inner join cutoffs
-        on
-            events.occurred_at < cutoffs.observation_cutoff
-            and {{ utc_date('events.occurred_at') }} >= cutoffs.lookback_start_date
-
-),
-
-items as (
-
-    {{ diversity('recent_events', 'item_id') }}
-
-),
-
-categories as (
-
-    {{ diversity('recent_events', 'category') }}
-
-),
-
-event_types as (
-
-    {{ diversity('recent_events', 'event_type') }}
-
-),
-
 -- Silence, tenure and gaps in one unit, for the ratios below.
 timed as (
 
@@ -142,15 +110,14 @@ final as (
         {{ share('timed.amount_lookback', 'timed.num_amounts_lookback') }} as mean_amount_lookback,
         {{ share('timed.amount', 'timed.num_amounts') }} as mean_amount,
         cast(timed.max_amount as double) as max_amount,
-        {%- for name in ['item', 'category', 'event_type'] %}
-        {%- set values = {'item': 'items', 'category': 'categories'}.get(name, 'event_types') %}
-        coalesce({{ values }}.num_recent_values, 0) as num_{{ values }}_30d,
-        coalesce({{ values }}.num_values, 0) as num_{{ values }}_lookback,
-        coalesce({{ values }}.entropy, 0) as {{ name }}_entropy,
-        coalesce({{ values }}.top_share, 0) as top_{{ name }}_share,
+        {%- for name, values in [
+            ('item', 'items'), ('category', 'categories'), ('event_type', 'event_types')
+        ] %}
+        user_diversity.num_{{ values }},
+        user_diversity.{{ name }}_entropy,
+        user_diversity.top_{{ name }}_share,
         {%- endfor %}
-        {{ share('items.num_events - items.num_values', 'items.num_events') }}
-            as repeat_item_share,
+        user_diversity.repeat_item_share,
         timed.mean_gap_seconds,
         cast(timed.max_gap_seconds as double) as max_gap_seconds,
         cast(timed.last_gap_seconds as double) as last_gap_seconds,
@@ -173,12 +140,8 @@ final as (
         {{ share('timed.num_sessions_30d', 'timed.num_sessions_90d') }}
             as sessions_share_30d_of_90d
     from timed
-    {% for values in ['items', 'categories', 'event_types'] -%}
-    left join {{ values }}
-        on
-            timed.observation_cutoff = {{ values }}.observation_cutoff
-            and timed.user_id = {{ values }}.user_id
-    {% endfor %}
+    inner join user_diversity on timed.user_id = user_diversity.user_id
+
 )
 
 select * from final

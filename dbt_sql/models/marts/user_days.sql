@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'user'}) }}
+
 with
 
 events as (
@@ -38,12 +40,18 @@ days as (
         coalesce(sum(amount) filter (where is_qualifying), 0) as qualifying_amount,
         max(amount) as max_amount,
         count(amount) as num_amounts,
-        coalesce(sum(exact_gap_seconds), 0) as gap_seconds,
-        coalesce(sum(exact_gap_seconds) filter (where not is_session_start), 0) as session_seconds,
+        cast(coalesce(sum(exact_gap_seconds), 0) as decimal(18, 6)) as gap_seconds,
+        cast(
+            coalesce(sum(exact_gap_seconds) filter (where not is_session_start), 0) as decimal(18, 6)
+        ) as session_seconds,
         coalesce(max(exact_gap_seconds), 0) as max_gap_seconds,
         coalesce(arg_max(exact_gap_seconds, event_number), 0) as last_gap_seconds,
-        coalesce(sum(cast(log_gap as decimal(18, 9))), 0) as log_gap_sum,
-        coalesce(sum(cast(log_gap * log_gap as decimal(18, 9))), 0) as log_gap_square_sum,
+        cast(
+            coalesce(sum(cast(log_gap as decimal(18, 9))), 0) as decimal(18, 9)
+        ) as log_gap_sum,
+        cast(
+            coalesce(sum(cast(log_gap * log_gap as decimal(18, 9))), 0) as decimal(18, 9)
+        ) as log_gap_square_sum,
         arg_min(event_type, event_number) as first_event_type,
         min(occurred_at) as first_event_at,
         max(occurred_at) as last_event_at,

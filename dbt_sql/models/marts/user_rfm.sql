@@ -1,3 +1,5 @@
+{{ config(meta={'grain': 'night'}) }}
+
 with
 
 cutoffs as (

@@ -1,0 +1,257 @@
+"""Staging: a source's rows are judged and become `accepted`, `deletions` and `quarantined`.
+
+Small loads are staged in DuckDB's memory. A bulk load streams into Parquet files by bucket of users,
+which become the arrival's own files unless rows in them repeat one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import duckdb
+
+from behavior_pipeline.ingest.arrivals import EVENT_COLUMNS
+from behavior_pipeline.ingest.presets import Preset
+from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source
+from behavior_pipeline.ingest.validation import judged_rows
+from behavior_pipeline.sql import fetch_one, file_list, quote_text, user_bucket
+from behavior_pipeline.storage import make_private_folder
+from behavior_pipeline.windows import midnight
+
+BULK_ROWS: Final = 2_000_000
+"""A source with more rows is staged on disk, by bucket of users."""
+
+ROW_GROUP_ROWS: Final = 122_880
+EVENTS: Final = ", ".join(EVENT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which rows of the source a load takes.
+
+    Attributes:
+        day: only rows that occurred on this UTC day (the replay of a dump); None takes all.
+        is_bulk: whether this is a history, on which something shall be learned.
+    """
+
+    day: date | None
+    is_bulk: bool
+
+    @property
+    def condition(self) -> str:
+        """SQL on canonical rows."""
+        if self.day is None:
+            return "true"
+        begin = midnight(self.day)
+        bounds = [quote_text(time.isoformat()) for time in (begin, begin + timedelta(days=1))]
+        return f"occurred_at >= TIMESTAMPTZ {bounds[0]} AND occurred_at < TIMESTAMPTZ {bounds[1]}"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A staged source.
+
+    Attributes:
+        num_read: rows of the source, counted apart from staging.
+        files: `user_bucket=<k>/<name>` of the accepted rows of a bulk load; none for a small one.
+    """
+
+    num_read: int
+    files: list[Path]
+
+
+def stage(
+    connection: duckdb.DuckDBPyConnection,
+    preset: Preset,
+    source: Source,
+    scope: Scope,
+    place: str,
+    workspace: Path,
+) -> Staged:
+    """Read the source into the relations `accepted`, `deletions` and `quarantined`.
+
+    Twice: rows that are good are read in parallel and without a row number; only if some are not,
+    the source is read in order, and those are kept with their number and their raw text.
+    `accepted` has EVENT_COLUMNS, `ingested_at` and `user_bucket`; `deletions` has `event_id`.
+
+    Args:
+        connection: gets the relations.
+        preset: maps the source's columns.
+        source: what to read.
+        scope: which rows to take.
+        place: SQL of `ingested_at` and `user_bucket`, as `placed` writes it.
+        workspace: an existing folder for the files of a bulk load.
+    """
+    judged = judged_rows(preset.columns, source.columns, source.plain_rows)
+    good = f"({judged}) WHERE reason IS NULL AND NOT is_deleted AND {scope.condition}"
+    query = f"SELECT {EVENTS}, {place} FROM {good}"
+    files = []
+    if source.num_rows > BULK_ROWS:
+        files = _stage_on_disk(connection, query, workspace / "staged")
+    else:
+        connection.execute(f"CREATE TEMP TABLE accepted AS {query}")
+    _stage_deletions(connection, preset, judged, scope)
+    _stage_quarantined(connection, preset, source, scope)
+    return Staged(_count_read(connection, judged, source, scope), files)
+
+
+def placed(ingested_at: datetime, num_buckets: int) -> str:
+    """Return SQL of the canonical columns that say when a row came and where it lies."""
+    time = f"TIMESTAMPTZ {quote_text(ingested_at.isoformat())} AS ingested_at"
+    return f"{time}, {user_bucket('user_id', num_buckets)} AS user_bucket"
+
+
+def _stage_on_disk(
+    connection: duckdb.DuckDBPyConnection, query: str, folder: Path
+) -> list[Path]:
+    """Stream a query into Parquet files by bucket; `accepted` becomes a view of them."""
+    make_private_folder(folder)
+    connection.execute(
+        f"COPY ({query}) TO {quote_text(str(folder))} (FORMAT parquet, COMPRESSION zstd, "
+        f"COMPRESSION_LEVEL 1, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, PARTITION_BY (user_bucket), "
+        "WRITE_PARTITION_COLUMNS true, OVERWRITE_OR_IGNORE true)"
+    )
+    files = sorted(folder.glob("user_bucket=*/*"))
+    if files:
+        rows = f"FROM read_parquet({file_list(files)}, hive_partitioning = false)"
+        connection.execute(f"CREATE TEMP VIEW accepted AS {rows}")
+    else:
+        connection.execute(f"CREATE TEMP TABLE accepted AS {query} LIMIT 0")
+    return files
+
+
+def _stage_deletions(
+    connection: duckdb.DuckDBPyConnection, preset: Preset, judged: str, scope: Scope
+) -> None:
+    """Keep the ids of tombstones; a tombstone without a time belongs to any day."""
+    rows = "SELECT NULL::VARCHAR AS event_id LIMIT 0"
+    if preset.columns.is_deleted is not None:
+        rows = (
+            f"SELECT event_id FROM ({judged}) WHERE reason IS NULL AND is_deleted "
+            f"AND coalesce({scope.condition}, true)"
+        )
+    connection.execute(f"CREATE TEMP TABLE deletions AS {rows}")
+
+
+def _stage_quarantined(
+    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: Scope
+) -> None:
+    """Keep rows that break the contract, with their number and their raw text."""
+    num_good = _count(connection, "accepted") + _count(connection, "deletions")
+    is_complete = scope.day is None and num_good == source.num_rows
+    judged = judged_rows(preset.columns, source.columns, source.numbered_rows)
+    rejected = "false" if is_complete else f"reason IS NOT NULL AND {scope.condition}"
+    connection.execute(
+        "CREATE TEMP TABLE quarantined AS "
+        f"SELECT source_file, row_number, reason, column_name, {source.raw_row} AS raw_row "
+        f"FROM ({judged}) WHERE {rejected}"
+    )
+    if scope.day is None:  # a line that is no row has no day
+        connection.execute(
+            "INSERT INTO quarantined SELECT source_file, row_number, reason, NULL, raw_row "
+            f"FROM {MALFORMED_LINES}"
+        )
+
+
+def _count_read(
+    connection: duckdb.DuckDBPyConnection, judged: str, source: Source, scope: Scope
+) -> int:
+    """Count the rows of the source apart from staging, so that none can vanish between."""
+    num_read = source.num_rows + source.num_malformed
+    if scope.day is not None:
+        in_scope = f"coalesce({scope.condition}, reason IS NULL AND is_deleted)"
+        num_read = _count(connection, f"({judged}) WHERE {in_scope}")
+    num_staged = sum(_count(connection, name) for name in ("accepted", "deletions", "quarantined"))
+    if num_staged != num_read:
+        raise AssertionError(f"read {num_read} rows, but staged {num_staged}")
+    return num_read
+
+
+def deduplicate(
+    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: Scope, place: str
+) -> None:
+    """Create the relation `stored`: accepted rows, one for each id.
+
+    Of rows with one given id the newest counts: that of the last file by name; a tombstone before
+    a row of the same file; then the greatest by its columns. If a tombstone wins, the id stays in
+    `deletions`; otherwise it leaves them.
+
+    Args:
+        connection: has what `stage` left.
+        preset, source, scope: as for `stage`.
+        place: as `placed` gave it to `stage`.
+    """
+    _find_frequent(connection)
+    if not _count(connection, "frequent"):
+        connection.execute("CREATE TEMP VIEW stored AS FROM accepted")
+        return
+    if preset.columns.event_id is None:
+        connection.execute(f"CREATE TEMP TABLE settled AS {_number_identical_rows()}")
+    else:
+        judged = judged_rows(preset.columns, source.columns, source.plain_rows)
+        rows = f"({judged}) WHERE reason IS NULL AND coalesce({scope.condition}, is_deleted)"
+        _settle_frequent(connection, rows, place)
+    connection.execute(
+        f"CREATE TEMP VIEW stored AS SELECT {_STORED} FROM accepted "
+        f"WHERE event_id NOT IN (FROM frequent) UNION ALL SELECT {_STORED} FROM settled"
+    )
+
+
+_STORED: Final = f"{EVENTS}, ingested_at, user_bucket"
+_IDS_AT_ONCE: Final = 40_000_000  # as 64-bit hashes with their counts, about 2 GB
+
+
+def _find_frequent(connection: duckdb.DuckDBPyConnection) -> None:
+    """Create the table `frequent` of ids that stand on more than one row.
+
+    By 64-bit hashes first, a share of them at a time, so that memory is bounded; the few rows
+    whose hash repeats are then compared by the ids themselves.
+    """
+    ids = "(SELECT event_id FROM accepted UNION ALL FROM deletions)"
+    shares = 1 + _count(connection, ids) // _IDS_AT_ONCE
+    connection.execute("CREATE TEMP TABLE suspects (id_hash UBIGINT)")
+    for share in range(shares):
+        connection.execute(
+            f"INSERT INTO suspects SELECT id_hash FROM (SELECT hash(event_id) AS id_hash FROM {ids})"
+            f" WHERE id_hash % {shares} = {share} GROUP BY id_hash HAVING count(*) > 1"
+        )
+    is_suspect = "hash(event_id) IN (FROM suspects)" if _count(connection, "suspects") else "false"
+    connection.execute(
+        f"CREATE TEMP TABLE frequent AS SELECT event_id FROM {ids} WHERE {is_suspect} "
+        "GROUP BY event_id HAVING count(*) > 1"
+    )
+
+
+def _settle_frequent(connection: duckdb.DuckDBPyConnection, rows: str, place: str) -> None:
+    """Create the table `settled` with the repeated ids' rows that count; mend `deletions`."""
+    order = ", ".join(f"{name} DESC" for name in EVENT_COLUMNS if name != "event_id")
+    connection.execute(
+        f"CREATE TEMP TABLE newest AS SELECT {EVENTS}, is_deleted "
+        f"FROM {rows} AND event_id IN (FROM frequent) QUALIFY row_number() OVER "
+        f"(PARTITION BY event_id ORDER BY source_file DESC, is_deleted DESC, {order}) = 1"
+    )
+    connection.execute(
+        f"CREATE TEMP TABLE settled AS SELECT {EVENTS}, {place} FROM newest WHERE NOT is_deleted"
+    )
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE deletions AS SELECT DISTINCT event_id FROM deletions "
+        "WHERE event_id NOT IN (SELECT event_id FROM settled)"
+    )
+
+
+def _number_identical_rows() -> str:
+    """Return SQL that gives the second of identical rows, the third and so on ids of their own."""
+    return (
+        "SELECT * EXCLUDE (repeat) REPLACE "
+        "(if(repeat = 1, event_id, md5(event_id || ':' || repeat)) AS event_id) FROM "
+        f"(SELECT {_STORED}, row_number() OVER (PARTITION BY event_id) AS repeat "
+        "FROM accepted WHERE event_id IN (FROM frequent))"
+    )
+
+
+def _count(connection: duckdb.DuckDBPyConnection, relation: str) -> int:
+    """Count the rows of a relation."""
+    return int(fetch_one(connection, f"SELECT count(*) FROM {relation}")[0])

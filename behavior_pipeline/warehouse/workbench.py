@@ -1,0 +1,174 @@
+"""Runs a plan's models in an open warehouse, for the users or the days that it is pointed at.
+
+Compiled models name each other without a schema. The schema `scope` comes before `main` in the
+search path, so a view there stands for the rows at work while `main` keeps those of everybody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import duckdb
+
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.ingest.arrivals import VERSIONS_FILE, Arrival
+from behavior_pipeline.layers import Layers
+from behavior_pipeline.sql import fetch_one, file_list, quote_identifier, quote_text
+from behavior_pipeline.warehouse.plan import DataTest, Model, Plan
+from behavior_pipeline.windows import EvaluationWindows
+from behavior_pipeline.warehouse.variables import written_cutoff
+
+EVENTS: Final = "events_sessionized"
+ROW_GROUP_ROWS: Final = 122_880
+
+
+class Workbench:
+    """An open warehouse with a plan to run in it.
+
+    Attributes:
+        connection: the open warehouse.
+        seconds: time that each model took, over all its runs.
+    """
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, plan: Plan, finished: Callable[[str], None]
+    ) -> None:
+        self.connection = connection
+        self.plan = plan
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._finished = finished
+        for schema in ("pipeline", "scope"):
+            connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        connection.execute("SET search_path = 'scope,main'")
+        connection.execute("SET checkpoint_threshold = '4GB'")  # one at the end is enough
+
+    def set_night(self, arrivals: Sequence[Arrival], windows: EvaluationWindows) -> None:
+        """Lay out the sources that are the same for everybody."""
+        versions = file_list(arrival.folder / VERSIONS_FILE for arrival in arrivals)
+        # A version counts only while the load that it was seen in does.
+        self.connection.execute("CREATE OR REPLACE TEMP TABLE loads (arrival VARCHAR, load_id VARCHAR)")
+        self.connection.executemany(
+            "INSERT INTO loads VALUES (?, ?)", [(each.key, each.load_id) for each in arrivals]
+        )
+        self.connection.execute(
+            "CREATE OR REPLACE TABLE pipeline.event_versions AS SELECT versions.* "
+            f"FROM read_parquet({versions}, hive_partitioning = false) AS versions "
+            "SEMI JOIN loads USING (arrival, load_id)"
+        )
+        cutoffs = ", ".join(
+            f"(TIMESTAMPTZ {quote_text(written_cutoff(cutoff))}, {cutoff == windows.train_cutoff})"
+            for cutoff in windows.cutoffs
+        )
+        self.connection.execute(
+            "CREATE OR REPLACE TABLE pipeline.night_cutoffs AS "
+            f"FROM (VALUES {cutoffs}) AS cutoffs (observation_cutoff, is_train_cutoff)"
+        )
+
+    def set_events(self, files: Sequence[Path], condition: str = "true") -> None:
+        """Lay out the canonical events that the next models see."""
+        self.connection.execute(
+            "CREATE OR REPLACE VIEW pipeline.canonical_events AS SELECT * FROM "
+            f"read_parquet({file_list(files)}, hive_partitioning = true, "
+            f"hive_types_autocast = false) WHERE {condition}"
+        )
+
+    def set_scope(self, name: str, relation: str) -> None:
+        """Let a relation stand for a model until `clear_scope`."""
+        self.connection.execute(
+            f"CREATE OR REPLACE VIEW scope.{quote_identifier(name)} AS {relation}"
+        )
+
+    def clear_scope(self) -> None:
+        """Let every name mean what `main` has under it."""
+        self.connection.execute("DROP SCHEMA scope CASCADE")
+        self.connection.execute("CREATE SCHEMA scope")
+        self.connection.execute("SET search_path = 'scope,main'")
+
+    def create(self, model: Model) -> None:
+        """Make a model's empty table, or its view, with what is known of it."""
+        name = f"main.{quote_identifier(model.name)}"
+        if model.grain == "view":
+            columns = ", ".join(quote_identifier(column.name) for column in model.columns)
+            self._run(model, f"CREATE OR REPLACE VIEW {name} AS SELECT {columns} FROM ({model.sql})")
+        else:
+            columns = ", ".join(
+                f"{quote_identifier(column.name)} {column.type}{' NOT NULL' * column.is_required}"
+                for column in model.columns
+            )
+            self.connection.execute(f"CREATE OR REPLACE TABLE {name} ({columns})")
+        self._describe(model)
+
+    def insert(self, model: Model) -> None:
+        """Add the rows that a model has for what is in scope."""
+        name = f"main.{quote_identifier(model.name)}"
+        columns = ", ".join(quote_identifier(column.name) for column in model.columns)
+        self._run(model, f"INSERT INTO {name} BY NAME SELECT {columns} FROM ({model.sql})")
+
+    def replace(self, model: Model, key: str, keys: str) -> None:
+        """Put a model's rows for what is in scope in place of those with some keys."""
+        name = f"main.{quote_identifier(model.name)}"
+        self.connection.execute(f"DELETE FROM {name} WHERE {key} IN (SELECT {key} FROM {keys})")
+        self.insert(model)
+
+    def write(self, model: Model, file: Path) -> None:
+        """Write a model's rows for what is in scope to Parquet.
+
+        Window functions leave each user's rows together and in order, and an ordered write keeps
+        them so; sorting whole users too would cost a third more and serve nobody.
+        """
+        columns = ", ".join(
+            f"CAST({quote_identifier(column.name)} AS {column.type}) AS {quote_identifier(column.name)}"
+            for column in model.columns
+        )
+        self._run(
+            model,
+            f"SET preserve_insertion_order = true; COPY (SELECT {columns} FROM ({model.sql})) "
+            f"TO {quote_text(str(file))} (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, "
+            f"ROW_GROUP_SIZE {ROW_GROUP_ROWS}); SET preserve_insertion_order = false",
+        )
+        file.chmod(0o600)
+
+    def point_events_to(self, model: Model, layers: Layers) -> None:
+        """Make the view of all sessionized events."""
+        columns = ", ".join(quote_identifier(column.name) for column in model.columns)
+        self.connection.execute(
+            f"CREATE OR REPLACE VIEW main.{EVENTS} AS SELECT {columns} FROM ({layers.relation()})"
+        )
+        self._describe(model, is_view=True)
+
+    def check(self, test: DataTest) -> int:
+        """Return how many rows fail a data test."""
+        return int(fetch_one(self.connection, f"SELECT count(*) FROM ({test.sql})")[0])
+
+    def count(self, model: Model) -> int:
+        """Count a model's rows of everybody."""
+        name = f"main.{quote_identifier(model.name)}"
+        return int(fetch_one(self.connection, f"SELECT count(*) FROM {name}")[0])
+
+    def _run(self, model: Model, statement: str) -> None:
+        """Run a statement of a model; say which one could not be run."""
+        started = time.perf_counter()
+        try:
+            self.connection.execute(statement)
+        except (duckdb.BinderException, duckdb.ConstraintException, duckdb.ConversionException) as error:
+            raise PipelineError(
+                f"The model {model.name} could not be built: {error}",
+                "The warehouse that analysts read stays as it was.",
+            ) from None
+        self.seconds[model.name] += time.perf_counter() - started
+        self._finished(model.name)
+
+    def _describe(self, model: Model, *, is_view: bool = False) -> None:
+        """Keep the descriptions of a model and its columns as comments."""
+        name = f"main.{quote_identifier(model.name)}"
+        kind = "VIEW" if is_view or model.grain == "view" else "TABLE"
+        self.connection.execute(f"COMMENT ON {kind} {name} IS {quote_text(model.description)}")
+        for column in model.columns:
+            place = f"{name}.{quote_identifier(column.name)}"
+            self.connection.execute(
+                f"COMMENT ON COLUMN {place} IS {quote_text(column.description)}"
+            )

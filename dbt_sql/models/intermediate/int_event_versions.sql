@@ -1,0 +1,38 @@
+{{ config(materialized='table', meta={'grain': 'arrivals'}) }}
+
+with
+
+versions as (
+
+    select distinct
+        event_id,
+        arrival,
+        state,
+        ingested_at,
+        case when arrival = 'history' then '' else arrival end as arrival_rank
+    from {{ source('pipeline', 'event_versions') }}
+
+),
+
+ranked as (
+
+    select
+        *,
+        row_number() over (partition by event_id order by arrival_rank desc) = 1 as is_newest,
+        min(ingested_at) over (partition by event_id, state) as first_ingested_at
+    from versions
+
+),
+
+final as (
+
+    select
+        event_id,
+        arrival,
+        is_newest and state <> 0 as is_counted,
+        first_ingested_at
+    from ranked
+
+)
+
+select * from final
