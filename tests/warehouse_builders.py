@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behavior_pipeline.contracts import CANONICAL_EVENTS
+from behavior_pipeline.contracts import CANONICAL_EVENTS, CHANGES, VERSIONS
+from behavior_pipeline.ingest.arrivals import loaded_arrivals
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import quote_text
-from behavior_pipeline.storage import Storage
+from behavior_pipeline.sql import file_list
+from behavior_pipeline.storage import Storage, write_json
+from behavior_pipeline.warehouse.plan import Plan
 from behavior_pipeline.windows import EvaluationWindows
 
 TRAIN_CUTOFF = datetime(2024, 3, 1, tzinfo=UTC)
@@ -27,14 +30,14 @@ INGESTED_AT = datetime(2024, 6, 1, tzinfo=UTC)
 
 
 class Built(NamedTuple):
-    """A warehouse that dbt built, exported at the windows' cutoffs."""
+    """A warehouse that was built and exported at the windows' cutoffs."""
 
     storage: Storage
     settings: Settings
     windows: EvaluationWindows
     rows: dict[str, int]
     progress: list[tuple[int, int, str]]
-    manifest: dict[str, Any]
+    plan: Plan
 
 
 def make_preset(**tasks: object) -> Preset:
@@ -73,13 +76,37 @@ def event(event_id: str, user_id: str, event_type: str, at: str, **values: Any) 
     }
 
 
-def write_events(events: Sequence[dict[str, Any]], folder: Path, arrival: str = "first") -> None:
-    """Write canonical Parquet the way ingest does."""
-    target = folder / f"arrival={arrival}"
-    target.mkdir(parents=True, exist_ok=True)
+def write_events(
+    events: Sequence[dict[str, Any]],
+    storage: Storage,
+    arrival: str = "history",
+    num_buckets: int = 3,
+) -> None:
+    """Write canonical events as one arrival, the way ingest does."""
     rows = [{name: row.get(name) for name in CANONICAL_EVENTS.schema.names} for row in events]
-    table = pa.Table.from_pylist(rows, schema=CANONICAL_EVENTS.schema)
-    pq.write_table(table, target / "part.parquet")
+    for row in rows:
+        row["user_bucket"] = bucket_of(row["user_id"], num_buckets)
+    folder = storage.events / f"arrival={arrival}" / "load=given"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=CANONICAL_EVENTS.schema), folder / "events.parquet"
+    )
+    pq.write_table(VERSIONS.schema.empty_table(), folder / "versions.parquet")
+    pq.write_table(CHANGES.schema.empty_table(), folder / "changes.parquet")
+    times = [row["occurred_at"] for row in rows]
+    write_json(storage.events / "layout.json", {"num_buckets": num_buckets})
+    write_json(
+        folder.parent / "load.json",
+        {"arrival": arrival, "load_id": "given", "events_id": "given", "is_bucketed": False,
+         "changes_everything": True, "num_stored": len(rows), "num_known": 0,
+         "first_event_at": min(times), "last_event_at": max(times)},
+    )  # fmt: skip
+
+
+def bucket_of(user_id: str, num_buckets: int) -> int:
+    """Return a user's bucket: the first 32 bits of the MD5 of the id, modulo the number."""
+    digest = hashlib.md5(user_id.encode(), usedforsecurity=False).hexdigest()
+    return int(digest[:8], 16) % num_buckets
 
 
 def shop_events(num_users: int = 60, seed: int = 7) -> list[dict[str, Any]]:
@@ -115,42 +142,54 @@ def _shop_event(user_id: str, number: int, at: datetime, chance: random.Random) 
 
 @dataclass(frozen=True)
 class CompiledModels:
-    """The models' SQL as dbt compiled it once, run in DuckDB in milliseconds.
+    """The models' SQL as dbt compiled it once, run on all events at once in milliseconds.
+
+    No buckets, no layers and no users touched: what a build from nothing means.
 
     Attributes:
-        folder: where the compiled staging model reads events from.
-        models: name and SQL of each model, in the order of their dependencies.
+        folder: where events are written to be read.
+        plan: the compiled models.
+        windows: the night.
     """
 
     folder: Path
-    models: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def read(cls, built: Built, folder: Path) -> CompiledModels:
-        nodes = {
-            key: node
-            for key, node in built.manifest["nodes"].items()
-            if node["resource_type"] == "model"
-        }
-        given, own = (quote_text(str(path))[1:-1] for path in (built.storage.events, folder))
-        given = given.replace("[", "[[]")  # as a glob
-        done: dict[str, tuple[str, str]] = {}
-        while len(done) < len(nodes):
-            for key, node in nodes.items():
-                needed = [name for name in node["depends_on"]["nodes"] if name in nodes]
-                if key not in done and all(name in done for name in needed):
-                    done[key] = (node["name"], node["compiled_code"].replace(given, own))
-        return cls(folder, tuple(done.values()))
+    plan: Plan
+    windows: EvaluationWindows
 
     def run(self, events: Sequence[dict[str, Any]]) -> duckdb.DuckDBPyConnection:
-        """Build every model from the events, in memory."""
-        write_events(events, self.folder)
-        connection = duckdb.connect()
-        connection.execute("SET TimeZone = 'UTC'")
-        connection.execute("SET threads = 1")
-        for name, sql in self.models:
-            connection.execute(f"CREATE TABLE {name} AS {sql}")
-        return connection
+        """Build every model from one arrival's events, in memory."""
+        storage = Storage(self.folder)
+        write_events(events, storage)
+        return run_at_once(self.plan, storage, self.windows)
+
+
+def run_at_once(
+    plan: Plan, storage: Storage, windows: EvaluationWindows
+) -> duckdb.DuckDBPyConnection:
+    """Build every model of a plan from all arrivals of a home, in memory."""
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'; SET threads = 1; CREATE SCHEMA pipeline")
+    loads = [arrival.folder for arrival in loaded_arrivals(storage)]
+    for source, pattern in (("canonical_events", "events*"), ("event_versions", "versions")):
+        files = [str(file) for load in loads for file in load.glob(f"{pattern}.parquet")]
+        reader = f"read_parquet({file_list(map(Path, files))}, hive_partitioning = {source[0] == 'c'}"
+        options = ", hive_types_autocast = false)" if source[0] == "c" else ")"
+        connection.execute(f"CREATE TABLE pipeline.{source} AS FROM {reader}{options}")
+    current = [(arrival.key, arrival.load_id) for arrival in loaded_arrivals(storage)]
+    connection.execute("CREATE TABLE current (arrival VARCHAR, load_id VARCHAR)")
+    connection.executemany("INSERT INTO current VALUES (?, ?)", current)
+    connection.execute(
+        "DELETE FROM pipeline.event_versions WHERE (arrival, load_id) NOT IN (FROM current)"
+    )
+    connection.execute(
+        "CREATE TABLE pipeline.night_cutoffs "
+        "(observation_cutoff TIMESTAMPTZ, is_train_cutoff BOOLEAN)"
+    )
+    cutoffs = [(cutoff, cutoff == windows.train_cutoff) for cutoff in windows.cutoffs]
+    connection.executemany("INSERT INTO pipeline.night_cutoffs VALUES (?, ?)", cutoffs)
+    for model in plan.models:
+        connection.execute(f"CREATE TABLE {model.name} AS {model.sql}")
+    return connection
 
 
 def rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:

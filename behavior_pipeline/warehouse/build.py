@@ -234,8 +234,7 @@ def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
             return "more than half of the users are in layers"
         bench.set_night(build.arrivals, build.windows)
         for model in plan.of_grain("arrivals"):
-            bench.create(model)
-            bench.insert(model)
+            bench.renew(model)
         layers = _add_layer(bench, build, known) if num_touched else known
         bench.clear_scope()
         _finish(bench, layers, is_new=False)
@@ -281,8 +280,9 @@ def _finish(bench: Workbench, layers: Layers, *, is_new: bool) -> None:
         elif model.grain == "days" and not is_new:
             _replace_days(bench, model, layers)
         elif model.grain in {"days", "night"}:
-            bench.create(model)
-            bench.insert(model)
+            if is_new:
+                bench.create(model)
+            bench.renew(model)
         elif model.grain == "view" and is_new and model.name not in over_events:
             bench.create(model)
 

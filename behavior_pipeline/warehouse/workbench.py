@@ -108,6 +108,11 @@ class Workbench:
         columns = ", ".join(quote_identifier(column.name) for column in model.columns)
         self._run(model, f"INSERT INTO {name} BY NAME SELECT {columns} FROM ({model.sql})")
 
+    def renew(self, model: Model) -> None:
+        """Put a model's rows in place of all that are there."""
+        self.connection.execute(f"DELETE FROM main.{quote_identifier(model.name)}")
+        self.insert(model)
+
     def replace(self, model: Model, key: str, keys: str) -> None:
         """Put a model's rows for what is in scope in place of those with some keys."""
         name = f"main.{quote_identifier(model.name)}"

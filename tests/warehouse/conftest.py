@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from warehouse_builders import (
     LIVE_CUTOFF,
@@ -17,14 +15,9 @@ from warehouse_builders import (
 
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
-from behavior_pipeline.warehouse.build import (
-    dbt_arguments,
-    run_dbt,
-    swap_in_warehouse,
-    warehouse_aside,
-)
+from behavior_pipeline.warehouse.build import build_warehouse
 from behavior_pipeline.warehouse.export import export_marts
-from behavior_pipeline.warehouse.variables import dbt_variables
+from behavior_pipeline.warehouse.plan import load_plan
 
 
 @pytest.fixture(scope="session")
@@ -34,22 +27,24 @@ def small_settings() -> Settings:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Built:
-    """A shop in a home with a troublesome name, built with every test that dbt knows."""
+    """A shop in a home with a troublesome name."""
     storage = Storage(tmp_path_factory.mktemp("warehouse") / "shop's {new} [home]")
-    write_events(shop_events(), storage.events)
+    write_events(shop_events(), storage)
     windows = make_windows(LIVE_CUTOFF)
-    variables = dbt_variables(small_settings, make_preset(), storage, windows)
     progress: list[tuple[int, int, str]] = []
-    with warehouse_aside(storage) as aside:
-        arguments = dbt_arguments("build", variables | {"warehouse_path": str(aside)}, aside.parent)
-        run_dbt(arguments, lambda done, total, name: progress.append((done, total, name)))
-        manifest = json.loads((aside.parent / "target" / "manifest.json").read_text())
-        swap_in_warehouse(storage, aside)
+    build_warehouse(
+        storage,
+        small_settings,
+        make_preset(),
+        windows,
+        lambda done, total, name: progress.append((done, total, name)),
+    )
     rows = export_marts(storage, small_settings, windows)
-    return Built(storage, small_settings, windows, rows, progress, manifest)
+    plan = load_plan(storage, small_settings, make_preset(), windows)
+    return Built(storage, small_settings, windows, rows, progress, plan)
 
 
 @pytest.fixture(scope="session")
 def compiled(built: Built, tmp_path_factory: pytest.TempPathFactory) -> CompiledModels:
     """The models that dbt compiled for that warehouse, ready to run on any events."""
-    return CompiledModels.read(built, tmp_path_factory.mktemp("compiled"))
+    return CompiledModels(tmp_path_factory.mktemp("compiled"), built.plan, built.windows)
