@@ -20,6 +20,7 @@ from behavior_pipeline.windows import parse_cutoff
 
 USER_MISTAKE = 2
 FAILURE = 1
+DEFAULT_GAPS = "10,15,20,25,30,40,50,60,75,90,120"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Raw behavioural events become one embedding per user, every night.",
 )
+study = typer.Typer(no_args_is_help=True, help="Side rooms: nothing here feeds the nightly path.")
+app.add_typer(study, name="study")
 console = Console(file=sys.stdout)  # stays where it is when a step redirects what others print
 errors = Console(stderr=True)
 
@@ -217,6 +220,34 @@ def ui(
 
     console.print(f"Dagster: http://{host}:{port}  (Ctrl-C stops it)")
     serve(load_settings(data_root=data_root), host, port)
+
+
+@study.command()
+@shows_mistakes
+def sessions(
+    session_column: Annotated[str, typer.Option(help="Column with the sessions to compare with.")],
+    source: Source = None,
+    path: RawPath = None,
+    gaps: Annotated[str, typer.Option(help="Session gaps in minutes.")] = DEFAULT_GAPS,
+    out: Annotated[Path | None, typer.Option(help="Markdown to put the table into.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Compare our sessions, under several gaps, with sessions that the source has."""
+    from behavior_pipeline.progress import progress_bar
+    from behavior_pipeline.studies import session_report
+    from behavior_pipeline.studies.session_agreement import compare_sessions, parse_gaps
+
+    minutes = parse_gaps(gaps)
+    opened = _open(_given(source=source, path=path, data_root=data_root))
+    inputs = (opened.preset, opened.raw_path, session_column, minutes)
+    with progress_bar("comparing sessions", console) as report:
+        compared = compare_sessions(*inputs, opened.storage, opened.settings, report)
+    console.print(session_report.study_table(compared))
+    if out is not None:
+        session_report.update_document(out, session_report.study_markdown(compared, inputs[1]))
+    if picture is not None:
+        session_report.draw_picture(compared, picture)
 
 
 @app.command()
