@@ -26,8 +26,8 @@ from behavior_pipeline.ingest.arrivals import (
     own_events,
     write_arrival,
 )
-from behavior_pipeline.ingest.files import DATE_PLACE, find_files
 from behavior_pipeline.ingest.mapping import check_columns
+from behavior_pipeline.ingest.places.fetch import fetched, is_taken_whole
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
@@ -89,13 +89,13 @@ def load_arrival(
 
     Args:
         preset: maps the source's columns.
-        path: a file, a folder or a glob; `{date}` in it stands for the day.
+        path: where the raw events lie, see `places/`; `{date}` in it stands for the day.
         storage: gets `events/arrival=<arrival>/` and `quarantine/arrival=<arrival>/`.
         settings: memory, threads and the share of rows that may be quarantined.
         arrival: "history" for a bulk load, "YYYY-MM-DD" for a night.
         ingested_at: becomes a column of new events; events already here keep theirs.
-        day: the night's day. If the path has `{date}`, those files are taken whole, otherwise only
-            the rows that occurred on that UTC day.
+        day: the night's day. If the path has `{date}` or `arrived_at`, what it then names is taken
+            whole, otherwise only the rows that occurred on that UTC day.
         report: told of four steps.
 
     Raises:
@@ -105,10 +105,13 @@ def load_arrival(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
-    scope = _Scope(None if DATE_PLACE in path else day, is_bulk=arrival == HISTORY)
-    found = find_files(path, day)
+    scope = _Scope(None if is_taken_whole(path) else day, is_bulk=arrival == HISTORY)
     engine = open_engine(settings.memory_limit, settings.threads, storage.scratch)
-    with engine as connection, _workspace(storage.scratch) as workspace:
+    with (
+        engine as connection,
+        _workspace(storage.scratch) as workspace,
+        fetched(path, day, workspace, settings, report) as found,
+    ):
         try:
             report(0, _NUM_STEPS, "reading")
             source = open_source(connection, found, workspace)
