@@ -37,7 +37,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Source = Annotated[str | None, typer.Option(help="Preset name, or path of your own preset.")]
-RawPath = Annotated[str | None, typer.Option("--path", help="File, folder or glob of raw events.")]
+RawPath = Annotated[
+    str | None,
+    typer.Option(
+        "--path",
+        help="Raw events: file, folder or glob, also at s3://bucket/…; file.duckdb::table; or "
+        "postgresql://host/database?table=….",
+    ),
+]
 Cutoff = Annotated[str | None, typer.Option(help="Observation cutoff, YYYY-MM-DD (midnight UTC).")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds everything written.")]
 Horizon = Annotated[int | None, typer.Option(help="Days of the label window.")]

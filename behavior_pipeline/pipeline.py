@@ -8,6 +8,7 @@ from typing import Any
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.arrivals import events_span
+from behavior_pipeline.ingest.places.fetch import check_path
 from behavior_pipeline.ingest.presets import Preset, load_preset
 from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage, make_private_folder
@@ -62,9 +63,12 @@ def open_pipeline(**overrides: Any) -> Pipeline:
         overrides: settings that win over `pipeline.yaml` and the environment.
 
     Raises:
-        PipelineError: if a setting or the preset is not valid, or the home cannot be made.
+        PipelineError: if a setting, the preset or the path is not valid, or the home cannot be
+            made.
     """
     settings = load_settings(**overrides)
+    if settings.path is not None:
+        check_path(settings.path)  # before a run's record, a log or a message shows it
     preset = _with_windows(load_preset(settings.source), settings)
     home = settings.data_root.absolute() / preset.name
     try:

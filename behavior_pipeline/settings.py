@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     data_root: Path = Field(Path("data"), description="folder that holds one home per source")
     source: str = Field("simulated", description="name of a mapping preset, or path of a YAML file")
     path: str | None = Field(
-        None, description="file, folder or glob of raw events; may hold {date} for nightly arrivals"
+        None,
+        description="file, folder or glob of raw events, file.duckdb::table, s3://bucket/… or "
+        "postgresql://host/database?table=…; may hold {date} for nightly arrivals",
     )
     seed: int = Field(0, description="every random choice derives from it")
     partitions_start: date = Field(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from place_builders import postgres_programs
 
 from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage
@@ -46,6 +47,8 @@ def _missing() -> dict[str, str]:
     programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     if programs:
         missing["browser"] = f"not installed: {', '.join(programs)} (see .ci/run)"
+    if postgres_programs() is None:
+        missing["postgres"] = "not installed: PostgreSQL's server, Debian's package postgresql"
     return missing
 
 

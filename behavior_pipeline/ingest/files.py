@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Final, Literal
@@ -36,11 +37,13 @@ class RawFiles:
         path: what the user gave, with the day put in.
         kind: how they are written.
         files: at least one.
+        names: what people call a file that is a copy: its address elsewhere, by the file.
     """
 
     path: str
     kind: Kind
     files: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_files(path: str, day: date | None = None) -> RawFiles:
@@ -51,24 +54,47 @@ def find_files(path: str, day: date | None = None) -> RawFiles:
     Raises:
         PipelineError: if nothing is there, a kind is not supported, or kinds are mixed.
     """
-    place = glob.escape(f"{day:%Y-%m-%d}") if day else "*"
-    pattern = path.replace(DATE_PLACE, place)
+    pattern = put_day(path, day)
     candidates = _candidates(pattern)
     if not candidates:
         raise PipelineError(
             f"There is no file, folder or match for '{pattern}'.",
             "Give --path the raw events: a file, a folder or a glob in quotes.",
         )
-    kinds = {str(file): kind for file in candidates if (kind := kind_of(file))}
+    kind, files = of_one_kind(pattern, [str(file) for file in candidates])
+    return RawFiles(pattern, kind, files)
+
+
+def put_day(path: str, day: date | None) -> str:
+    """Return a path with the day in the place of `{date}`, or any text when there is no day."""
+    return path.replace(DATE_PLACE, f"{day:%Y-%m-%d}" if day else "*")
+
+
+def of_one_kind(path: str, names: Iterable[str]) -> tuple[Kind, tuple[str, ...]]:
+    """Return the kind of files and those that are of it, sorted; others are left out.
+
+    Args:
+        path: what the user gave, for messages.
+        names: paths or addresses, at least one.
+
+    Raises:
+        PipelineError: if none is of a supported kind, or kinds are mixed.
+    """
+    kinds = {name: kind for name in names if (kind := _kind_of(name))}
     if not kinds:
-        raise PipelineError(f"'{candidates[0]}' is not of a supported kind.", _SUPPORTED)
-    _refuse_mixed(pattern, kinds)
-    return RawFiles(pattern, next(iter(kinds.values())), tuple(sorted(kinds)))
+        raise PipelineError(f"'{next(iter(names))}' is not of a supported kind.", _SUPPORTED)
+    _refuse_mixed(path, kinds)
+    return next(iter(kinds.values())), tuple(sorted(kinds))
 
 
-def kind_of(file: Path) -> Kind | None:
+def is_hidden(name: str) -> bool:
+    """Tell what editors and engines leave beside the data."""
+    return name.startswith(_HIDDEN_PREFIXES)
+
+
+def _kind_of(path: str) -> Kind | None:
     """Return the kind that a file's name says, or None where it is not supported."""
-    name = file.name.lower()
+    name = Path(path).name.lower()
     plain = name.removesuffix(".gz")
     kind = _SUFFIXES.get(Path(plain).suffix)
     return None if kind == "parquet" and plain != name else kind
@@ -98,7 +124,7 @@ def _glob(pattern: str) -> list[Path]:
 def _is_visible_file(file: Path, folder: Path) -> bool:
     """Tell data from what editors and engines leave beside it."""
     parts = file.relative_to(folder).parts
-    return file.is_file() and not any(part.startswith(_HIDDEN_PREFIXES) for part in parts)
+    return file.is_file() and not any(is_hidden(part) for part in parts)
 
 
 def _refuse_mixed(pattern: str, kinds: dict[str, Kind]) -> None:

@@ -33,8 +33,9 @@ from behavior_pipeline.ingest.arrivals import (
     num_buckets,
     other_arrivals,
 )
-from behavior_pipeline.ingest.files import DATE_PLACE, find_files
+from behavior_pipeline.ingest.files import RawFiles
 from behavior_pipeline.ingest.mapping import check_columns
+from behavior_pipeline.ingest.places.fetch import fetched, is_taken_whole
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
@@ -104,14 +105,14 @@ def load_arrival(
 
     Args:
         preset: maps the source's columns.
-        path: a file, a folder or a glob; `{date}` in it stands for the day.
+        path: where the raw events lie, see `places/`; `{date}` in it stands for the day.
         storage: gets `events/arrival=<arrival>/` and `quarantine/arrival=<arrival>/`.
         settings: memory, threads and the share of rows that may be quarantined.
         arrival: "history" for a bulk load, "YYYY-MM-DD" for a night.
         ingested_at: becomes a column of new events; a load that says what the arrival says already
             leaves everything as it is.
-        day: the night's day. If the path has `{date}`, those files are taken whole, otherwise only
-            the rows that occurred on that UTC day.
+        day: the night's day. If the path has `{date}` or `arrived_at`, what it then names is taken
+            whole, otherwise only the rows that occurred on that UTC day.
         report: told of four steps.
 
     Raises:
@@ -121,29 +122,28 @@ def load_arrival(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
-    scope = Scope(None if DATE_PLACE in path else day, is_bulk=arrival == HISTORY)
+    scope = Scope(None if is_taken_whole(path) else day, is_bulk=arrival == HISTORY)
     engine = open_engine(settings.memory_limit, settings.threads, storage.scratch)
     with (
         working_alone(storage),
         engine as connection,
         _workspace(storage.scratch) as workspace,
+        fetched(path, day, workspace, settings, report) as found,
     ):
         own = find_arrival(storage, arrival)
         load = _Load(preset, storage, settings, arrival, ingested_at, own, workspace)
-        return _load(connection, load, path, day, scope, report)
+        return _load(connection, load, found, scope, report)
 
 
 def _load(
     connection: duckdb.DuckDBPyConnection,
     load: _Load,
-    path: str,
-    day: date | None,
+    found: RawFiles,
     scope: Scope,
     report: Report,
 ) -> LoadSummary:
     """Stage, judge, compare and write."""
     place = placed(load.ingested_at, load.num_buckets)
-    found = find_files(path, day)
     try:
         report(0, _NUM_STEPS, "reading")
         source = open_source(connection, found, load.workspace)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -43,7 +45,28 @@ def open_source(connection: duckdb.DuckDBPyConnection, found: RawFiles, scratch:
     source = read(connection, found.path, files, scratch)
     if source.num_rows + source.num_malformed == 0:
         raise no_data(found.path)
-    return source
+    return _known_by_name(connection, source, found.names) if found.names else source
+
+
+def _known_by_name(
+    connection: duckdb.DuckDBPyConnection, source: Source, names: Mapping[str, str]
+) -> Source:
+    """Let rows and malformed lines of copies name what was copied."""
+    copies, addresses = list(names), list(names.values())
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE addresses AS "
+        "SELECT unnest(?::VARCHAR[]) AS copy, unnest(?::VARCHAR[]) AS address",
+        [copies, addresses],
+    )
+    connection.execute(
+        f"UPDATE {MALFORMED_LINES} SET source_file = address FROM addresses "
+        "WHERE copy = source_file"
+    )
+    rows = (
+        f"SELECT numbered.* REPLACE (address AS source_file) FROM ({source.numbered_rows}) "
+        "AS numbered JOIN addresses ON copy = source_file"
+    )
+    return replace(source, numbered_rows=rows)
 
 
 def _open_parquet(

@@ -38,7 +38,8 @@ class Source:
         num_malformed: lines that are no rows, in the table `malformed_lines`.
         raw_row: SQL over the relation: the whole row as JSON. Apart, because it costs more than all
             else and only quarantined rows need it.
-        plain_rows: SQL of the relation without row numbers, for parallel reading.
+        plain_rows: SQL of the relation without row numbers, for parallel reading; `source_file` is
+            then the file that is read, which may be a copy.
         numbered_rows: the same with row numbers; CSV and JSON are then read in order.
     """
 

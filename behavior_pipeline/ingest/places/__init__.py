@@ -1,0 +1,1 @@
+"""Where raw events may lie: local files, DuckDB and PostgreSQL tables, objects of S3."""
