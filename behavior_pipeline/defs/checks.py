@@ -24,11 +24,11 @@ from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.verify import verify_published
 from behavior_pipeline.ingest.arrivals import (
     EVENTS_FILE,
+    HISTORY,
     LOAD_FILE,
     QUARANTINE_FILE,
     arrival_folder,
 )
-from behavior_pipeline.ingest.load import HISTORY
 from behavior_pipeline.storage import Storage, read_json
 
 MARTS = (USER_RFM, LABELS, PROPENSITY_TARGETS, PROPENSITY_LABELS)

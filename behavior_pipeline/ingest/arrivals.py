@@ -8,7 +8,7 @@ and the next load of the arrival writes both again.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,9 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import open_engine, quote_identifier, quote_text
 from behavior_pipeline.storage import Storage, read_json, write_json, writing_folder
+
+HISTORY: Final = "history"
+"""The arrival of a bulk load; it comes before all days."""
 
 EVENTS_FILE: Final = "events.parquet"
 QUARANTINE_FILE: Final = "quarantine.parquet"
@@ -47,6 +50,7 @@ class LoadSummary:
         num_users: distinct users of accepted rows.
         first_event_at, last_event_at: span of accepted rows, None without any.
         reasons: quarantined rows by reason.
+        drift: one line for each thing that is not as it was in the arrivals before.
     """
 
     num_read: int
@@ -58,6 +62,7 @@ class LoadSummary:
     first_event_at: datetime | None
     last_event_at: datetime | None
     reasons: dict[str, int]
+    drift: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ class EventsSpan:
     num_events: int
     first_event_at: datetime
     last_event_at: datetime
+
+
+def arrival_rank(key: str) -> str:
+    """Return a text that sorts arrivals from old to new."""
+    return "" if key == HISTORY else key
 
 
 def arrival_folder(parent: Path, arrival: str) -> Path:

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -21,16 +21,19 @@ import duckdb
 
 from behavior_pipeline.ingest.arrivals import (
     EVENT_COLUMNS,
+    HISTORY,
     LoadSummary,
     other_arrivals,
     own_events,
     write_arrival,
 )
+from behavior_pipeline.ingest.drift import naming_changed_columns, note_schema
 from behavior_pipeline.ingest.files import DATE_PLACE, find_files
 from behavior_pipeline.ingest.mapping import check_columns
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
+from behavior_pipeline.ingest.schemas import read_schemas
 from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source, unreadable
 from behavior_pipeline.ingest.validation import judged_rows
 from behavior_pipeline.progress import Report, report_nothing
@@ -40,8 +43,6 @@ from behavior_pipeline.storage import Storage, aside_of, make_private_folder
 from behavior_pipeline.windows import midnight
 
 _NUM_STEPS: Final = 4
-HISTORY: Final = "history"
-"""The arrival of a bulk load."""
 
 _NOT_THE_FILES_FAULT: Final = (
     duckdb.OutOfMemoryException,
@@ -112,7 +113,8 @@ def load_arrival(
         try:
             report(0, _NUM_STEPS, "reading")
             source = open_source(connection, found, workspace)
-            check_columns(preset.columns, source.columns, source.path)
+            last_seen = read_schemas(storage).last_seen(arrival)
+            check_columns(preset.columns, source.columns, source.path, last_seen)
             _stage(connection, preset, source, scope)
             report(1, _NUM_STEPS, "judging")
             num_read = _count_read(connection, preset, source, scope)
@@ -120,12 +122,14 @@ def load_arrival(
             raise
         except duckdb.Error as error:
             raise unreadable(found.path, error) from None
-        refuse_bad_load(connection, preset, source, settings, scope.day, scope.is_bulk)
-        _deduplicate(connection, preset, other_arrivals(storage, arrival))
-        if scope.is_bulk:
-            refuse_lost_history(connection, own_events(storage, arrival), found.path)
+        with naming_changed_columns(storage, arrival, preset, source, found.kind):
+            refuse_bad_load(connection, preset, source, settings, scope.day, scope.is_bulk)
+            _deduplicate(connection, preset, other_arrivals(storage, arrival))
+            if scope.is_bulk:
+                refuse_lost_history(connection, own_events(storage, arrival), found.path)
         report(2, _NUM_STEPS, "comparing")
-        summary = _summarize(connection, num_read)
+        drift = note_schema(connection, storage, arrival, preset, source, found.kind)
+        summary = replace(_summarize(connection, num_read), drift=drift.lines)
         report(3, _NUM_STEPS, "writing")
         write_arrival(connection, storage, arrival, summary, ingested_at)
         report(_NUM_STEPS, _NUM_STEPS, f"{summary.num_inserted:,} events")

@@ -90,6 +90,23 @@ def write_sequences(
     return _summarize(tallies)
 
 
+def unknown_share(folder: Path, field: str) -> float:
+    """Return the share of `UNKNOWN_ID` among a folder's tokens that have a field, 0 without any.
+
+    The same as `SequencesSummary.unknown_shares[field]`, from the files, one of them at a time.
+
+    Raises:
+        PipelineError: if there are no files.
+    """
+    num_present, num_unknown = 0, 0
+    for file in sequence_files(folder):
+        lists = pq.read_table(file, columns=[f"{field}_ids"], partitioning=None)[0]
+        tokens = lists.combine_chunks().flatten().to_numpy()
+        num_present += int(np.sum(tokens != PAD_ID))
+        num_unknown += int(np.sum(tokens == UNKNOWN_ID))
+    return num_unknown / max(num_present, 1)
+
+
 def sequence_files(folder: Path) -> list[Path]:
     """Return the bucket files of a folder, in order of buckets.
 
