@@ -106,4 +106,5 @@ def _load_metadata(summary: LoadSummary, *, is_partition: bool) -> dict[str, Any
         "quarantine_reasons": dg.MetadataValue.json(summary.reasons),
         "first_event_at": str(summary.first_event_at),
         "last_event_at": str(summary.last_event_at),
+        "schema_drift": dg.MetadataValue.json(summary.drift),
     }

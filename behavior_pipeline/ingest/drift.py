@@ -27,7 +27,13 @@ from behavior_pipeline.ingest.schemas import (
     write_schemas,
 )
 from behavior_pipeline.ingest.sources import Source
-from behavior_pipeline.ingest.type_changes import is_same_type, keeps_values, keeps_writing
+from behavior_pipeline.ingest.type_changes import (
+    INTEGER_TEXTS,
+    TEXT,
+    is_same_type,
+    keeps_values,
+    keeps_writing,
+)
 from behavior_pipeline.storage import Storage
 
 MIN_EXPECTED: Final = 5
@@ -35,6 +41,9 @@ MIN_EXPECTED: Final = 5
 small night may well have none."""
 
 _MAX_NAMED: Final = 10  # changes in a refusal: one screen
+_NOT_READ: Final = "the preset does not read it"
+_QUARANTINED: Final = "a value that cannot be read as that is in quarantine"
+_READ_AS_BEFORE: Final = "its values are read as before; one that cannot be is in quarantine"
 _NEW_IDS: Final = "; a row that comes again gets a new event id"
 
 Change = Literal[
@@ -113,7 +122,7 @@ def compare(known: SourceSchema | None, found: SourceSchema, preset: Preset) -> 
     items = [
         *_other_kind(known, found),
         *_new_columns(known, found, uses, preset),
-        *_vanished_columns(known, found, uses),
+        *_vanished_columns(known, found, uses, preset),
         *_changed_types(known, found, uses, preset),
         *_new_event_types(known, found, preset),
         *_vanished_event_types(known, found, preset),
@@ -197,21 +206,22 @@ def _new_columns(
 ) -> Iterator[DriftItem]:
     """Report columns that no load before had."""
     for name in sorted(set(found.columns) - set(known.ever_seen)):
-        ids = "" if preset.columns.event_id else _NEW_IDS + " if it has a value here"
-        outcome = (_taken(uses[name]) if name in uses else "the preset does not read it") + ids
+        outcome = _taken(uses[name]) if name in uses else _NOT_READ
+        outcome += _new_ids(preset, "if it has a value here")
         details = found.columns[name] or "no type shown"
         yield DriftItem("new column", name, details, outcome, Severity.REPORTED)
 
 
-def _vanished_columns(known: SourceSchema, found: SourceSchema, uses: _Uses) -> Iterator[DriftItem]:
+def _vanished_columns(
+    known: SourceSchema, found: SourceSchema, uses: _Uses, preset: Preset
+) -> Iterator[DriftItem]:
     """Report columns that the load before had; one that the preset reads must not go."""
     for name in sorted(set(known.columns) - set(found.columns)):
         details = f"{known.columns[name] or 'no type shown'} before"
+        outcome, severity = _NOT_READ + _new_ids(preset, "if it had a value"), Severity.REPORTED
         if name in uses:
-            yield DriftItem("vanished column", name, details, _taken(uses[name]), Severity.BLOCKING)
-        else:
-            outcome = "the preset does not read it"
-            yield DriftItem("vanished column", name, details, outcome, Severity.REPORTED)
+            outcome, severity = _taken(uses[name]), Severity.BLOCKING
+        yield DriftItem("vanished column", name, details, outcome, severity)
 
 
 def _changed_types(
@@ -224,21 +234,21 @@ def _changed_types(
         if old is None or new is None or is_same_type(old, new):
             continue
         outcome, severity = _type_outcome(old, new, uses.get(name, ()))
-        if preset.columns.event_id is None and not keeps_writing(old, new):
-            outcome += _NEW_IDS + " unless its value is written alike"
+        if not keeps_writing(old, new):
+            outcome += _new_ids(preset, "unless its value is written alike")
         yield DriftItem("changed type", name, f"{old} → {new}", outcome, severity)
 
 
 def _type_outcome(old: str, new: str, uses: tuple[str, ...]) -> tuple[str, Severity]:
     """Return what becomes of a column of another type."""
     if not uses:
-        return "the preset does not read it", Severity.REPORTED
-    if keeps_values(old, new, is_text=not TEXT_COLUMNS.isdisjoint(uses)):
-        return "its values mean the same", Severity.REPORTED
-    outcome = f"{_taken(uses)}; values that cannot be read as that are in quarantine"
-    if not TEXT_COLUMNS.isdisjoint(uses):
-        outcome = f"{_taken(uses)}; the same thing may be written in another way now"
-    return outcome, Severity.WARNED
+        return _NOT_READ, Severity.REPORTED
+    is_text = not TEXT_COLUMNS.isdisjoint(uses)
+    if keeps_values(old, new, is_text=is_text):
+        is_read = not is_text and new in {TEXT, INTEGER_TEXTS}
+        return _READ_AS_BEFORE if is_read else "its values mean the same", Severity.REPORTED
+    outcome = "the same thing may be written in another way now" if is_text else _QUARANTINED
+    return f"{_taken(uses)}; {outcome}", Severity.WARNED
 
 
 def _new_event_types(
@@ -273,11 +283,16 @@ def _vanished_event_types(
             continue
         details = f"{count / past:.1%} of past events, none of {total:,}"
         if name in counting:
-            outcome = "the preset's tasks count it: labels of this time see nobody do it"
+            outcome = "the preset's tasks count it: their labels see nobody do it now"
             yield DriftItem("vanished event type", name, details, outcome, Severity.WARNED)
         else:
             outcome = "its token stays known"
             yield DriftItem("vanished event type", name, details, outcome, Severity.REPORTED)
+
+
+def _new_ids(preset: Preset, condition: str) -> str:
+    """Say when a row gets another id: where the source gives none, it is a hash of the row."""
+    return "" if preset.columns.event_id else f"{_NEW_IDS} {condition}"
 
 
 def _taken(uses: tuple[str, ...]) -> str:
