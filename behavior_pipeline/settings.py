@@ -57,6 +57,10 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="a load with a larger share of broken rows is refused"
     )
 
+    max_unknown_event_share: float = Field(
+        0.01, ge=0, le=1, description="a larger share of events the checkpoint cannot tell alarms"
+    )
+
     min_token_count: PositiveInt = Field(5, description="rarer values become UNK")
     max_vocabulary: PositiveInt = Field(20_000, description="most values kept per token field")
     max_sequence_events: PositiveInt = Field(512, description="newest events kept per user")

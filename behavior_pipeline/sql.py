@@ -26,9 +26,7 @@ def user_bucket(user_id: str, num_buckets: int) -> str:
 
     Every engine and every release puts a user into the same bucket.
     """
-    return (
-        f"cast(cast('0x' || substr(md5({user_id}), 1, 8) AS BIGINT) % {int(num_buckets)} AS INTEGER)"
-    )
+    return f"cast(cast('0x' || substr(md5({user_id}), 1, 8) AS BIGINT) % {int(num_buckets)} AS INTEGER)"
 
 
 def utc_date(column: str) -> str:

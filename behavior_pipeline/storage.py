@@ -48,6 +48,11 @@ class Storage:
         return self.home / "quarantine"
 
     @property
+    def source_schema(self) -> Path:
+        """What the source showed in each arrival: columns, types, event types."""
+        return self.home / "source_schema.json"
+
+    @property
     def warehouse(self) -> Path:
         """The DuckDB file that dbt builds; analysts never open it."""
         return self.home / "warehouse.duckdb"

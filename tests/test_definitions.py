@@ -27,8 +27,16 @@ GROUPS = {
 BLOCKING = {
     "is_history_whole", "is_arrival_whole", "are_features_before_the_cutoff",
     "are_schemas_as_agreed", "is_checkpoint_older_than_train_cutoff", "are_embeddings_sound",
-    "is_read_back_equal", "are_tokens_before_the_cutoff",
+    "is_read_back_equal", "are_tokens_before_the_cutoff", "is_source_schema_as_known",
 }  # fmt: skip
+
+ALARMS = {  # these warn and let the night go on
+    ("comparison", "is_embedding_above_random"), ("sequences", "are_event_types_known"),
+}  # fmt: skip
+DRIFT = {  # blocking only for what is documented as blocking
+    ("historical_events", "is_source_schema_as_known"),
+    ("arrived_events", "is_source_schema_as_known"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,17 @@ def test_leaks_and_holes_are_held_back(loaded: dg.Definitions) -> None:
         if graph.get_check_spec(key).blocking and key.name in BLOCKING
     }
     assert blocking == BLOCKING
+
+
+def test_drift_is_looked_for_in_every_load_and_every_night(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    is_blocking = {
+        (key.asset_key.to_user_string(), key.name): graph.get_check_spec(key).blocking
+        for key in graph.asset_check_keys
+    }
+    assert {pair for pair in ALARMS | DRIFT if pair in is_blocking} == ALARMS | DRIFT
+    assert not any(is_blocking[pair] for pair in ALARMS)
+    assert all(is_blocking[pair] for pair in DRIFT)
 
 
 def test_what_services_read_has_a_deadline(loaded: dg.Definitions) -> None:

@@ -172,7 +172,9 @@ def run_at_once(
     loads = [arrival.folder for arrival in loaded_arrivals(storage)]
     for source, pattern in (("canonical_events", "events*"), ("event_versions", "versions")):
         files = [str(file) for load in loads for file in load.glob(f"{pattern}.parquet")]
-        reader = f"read_parquet({file_list(map(Path, files))}, hive_partitioning = {source[0] == 'c'}"
+        reader = (
+            f"read_parquet({file_list(map(Path, files))}, hive_partitioning = {source[0] == 'c'}"
+        )
         options = ", hive_types_autocast = false)" if source[0] == "c" else ")"
         connection.execute(f"CREATE TABLE pipeline.{source} AS FROM {reader}{options}")
     current = [(arrival.key, arrival.load_id) for arrival in loaded_arrivals(storage)]

@@ -10,8 +10,8 @@ from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
 from behavior_pipeline.defs.partitions import DUCKDB_WRITER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import PipelineResource, now, partition_key_of
-from behavior_pipeline.ingest.arrivals import LoadSummary
-from behavior_pipeline.ingest.load import HISTORY, load_arrival
+from behavior_pipeline.ingest.arrivals import HISTORY, LoadSummary
+from behavior_pipeline.ingest.load import load_arrival
 from behavior_pipeline.ingest.simulator import simulate
 from behavior_pipeline.pipeline import SIMULATED
 
@@ -110,4 +110,5 @@ def _load_metadata(summary: LoadSummary, *, is_partition: bool) -> dict[str, Any
         "quarantine_reasons": dg.MetadataValue.json(summary.reasons),
         "first_event_at": str(summary.first_event_at),
         "last_event_at": str(summary.last_event_at),
+        "schema_drift": dg.MetadataValue.json(summary.drift),
     }

@@ -54,9 +54,15 @@ def _show_failed_check(terminal: Terminal, event: dg.DagsterEvent) -> None:
     """Print a line for a check that did not pass; those that did are silent."""
     evaluation = event.asset_check_evaluation_data
     if not evaluation.passed:
-        found = {name: value.value for name, value in evaluation.metadata.items()}
+        found = {
+            name: value.value
+            for name, value in evaluation.metadata.items()
+            if not isinstance(value, dg.MarkdownMetadataValue)  # tables are for the page
+        }
         name = f"{evaluation.asset_key.to_user_string()}: {evaluation.check_name}"
-        terminal.show_failed_check(name, str(found), is_blocking=bool(evaluation.blocking))
+        is_error = evaluation.severity is dg.AssetCheckSeverity.ERROR
+        is_blocking = bool(evaluation.blocking) and is_error
+        terminal.show_failed_check(name, str(found), is_blocking=is_blocking)
 
 
 def _figures(event: dg.DagsterEvent) -> str:

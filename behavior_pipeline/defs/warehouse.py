@@ -1,8 +1,8 @@
 """Stage 1 in Dagster: the dbt models, the exported marts, and what analysts open."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, DagsterDbtTranslatorSettings, DbtProject
@@ -65,9 +65,7 @@ def _specs() -> tuple[dict[str, dg.AssetSpec], dict[str, dg.AssetCheckSpec]]:
         io_manager_key=None,
         project=None,
     )
-    specs = {
-        spec.key.path[-1]: spec.replace_attributes(partitions_def=nights) for spec in assets
-    }
+    specs = {spec.key.path[-1]: spec.replace_attributes(partitions_def=nights) for spec in assets}
     return specs, {check.name: check._replace(partitions_def=nights) for check in checks}
 
 

@@ -9,7 +9,7 @@ with the content of the one before it changes nothing.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +53,7 @@ class LoadSummary:
         first_event_at, last_event_at: span of stored events, None without any.
         reasons: quarantined rows by reason.
         late: of a day's new events, how many by age in days (`same day`, `1 day`, …).
+        drift: what changed in the source's schema, gravest first.
     """
 
     num_read: int
@@ -69,6 +70,7 @@ class LoadSummary:
     last_event_at: datetime | None
     reasons: dict[str, int]
     late: dict[str, int]
+    drift: list[str] = field(default_factory=list)
 
     @property
     def num_inserted(self) -> int:

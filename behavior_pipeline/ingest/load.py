@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Final
@@ -33,12 +33,14 @@ from behavior_pipeline.ingest.arrivals import (
     num_buckets,
     other_arrivals,
 )
+from behavior_pipeline.ingest.drift import Drift, naming_changed_columns, note_schema
 from behavior_pipeline.ingest.files import RawFiles
 from behavior_pipeline.ingest.mapping import check_columns
 from behavior_pipeline.ingest.places.fetch import fetched, is_taken_whole
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
+from behavior_pipeline.ingest.schemas import read_schemas
 from behavior_pipeline.ingest.sources import unreadable
 from behavior_pipeline.ingest.staging import Scope, Staged, deduplicate, placed, stage
 from behavior_pipeline.ingest.summary import read_summary, summarize
@@ -147,19 +149,22 @@ def _load(
     try:
         report(0, _NUM_STEPS, "reading")
         source = open_source(connection, found, load.workspace)
-        check_columns(load.preset.columns, source.columns, source.path)
+        last_seen = read_schemas(load.storage).last_seen(load.arrival)
+        check_columns(load.preset.columns, source.columns, source.path, last_seen)
         staged = stage(connection, load.preset, source, scope, place, load.workspace)
     except _NOT_THE_FILES_FAULT:
         raise
     except duckdb.Error as error:
         raise unreadable(found.path, error) from None
     report(1, _NUM_STEPS, "judging")
-    refuse_bad_load(connection, load.preset, source, load.settings, scope.day, scope.is_bulk)
-    deduplicate(connection, load.preset, source, scope, place)
-    if scope.is_bulk:
-        refuse_lost_history(connection, load.own.event_files() if load.own else [], found.path)
+    with naming_changed_columns(load.storage, load.arrival, load.preset, source, found.kind):
+        refuse_bad_load(connection, load.preset, source, load.settings, scope.day, scope.is_bulk)
+        deduplicate(connection, load.preset, source, scope, place)
+        if scope.is_bulk:
+            refuse_lost_history(connection, load.own.event_files() if load.own else [], found.path)
+    drift = note_schema(connection, load.storage, load.arrival, load.preset, source, found.kind)
     report(2, _NUM_STEPS, "comparing")
-    summary = _settle(connection, load, staged, report)
+    summary = _settle(connection, load, staged, drift, report)
     report(_NUM_STEPS, _NUM_STEPS, f"{summary.num_stored:,} events")
     return summary
 
@@ -175,14 +180,18 @@ def _workspace(scratch: Path) -> Iterator[Path]:
 
 
 def _settle(
-    connection: duckdb.DuckDBPyConnection, load: _Load, staged: Staged, report: Report
+    connection: duckdb.DuckDBPyConnection,
+    load: _Load,
+    staged: Staged,
+    drift: Drift,
+    report: Report,
 ) -> LoadSummary:
     """Write the arrival if it says anything new; return what is recorded of it."""
     events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
     rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
     load_id = hashlib.sha256(f"{events_id} {rejected}".encode()).hexdigest()[:16]
     if load.own is not None and load.own.load_id == load_id:
-        return read_summary(load.storage, load.arrival)
+        return replace(read_summary(load.storage, load.arrival), drift=drift.lines)
     find_versions(connection, other_arrivals(load.storage, load.arrival), load.own)
     is_everything = bool(staged.files) and changes_everything(connection, load.own)
     if is_everything:  # a list of all users and days would say no more
@@ -197,9 +206,11 @@ def _settle(
         "events_id": events_id,
         "is_bucketed": bool(staged.files),
         "num_buckets": load.num_buckets,
-        "changes_everything": is_everything or (load.own is not None and load.own.changes_everything),
+        "changes_everything": is_everything
+        or (load.own is not None and load.own.changes_everything),
         "ingested_at": load.ingested_at.isoformat(),
     }
+    summary = replace(summary, drift=drift.lines)
     commit_load(load.storage, load.arrival, load_id, summary, document)
     return summary
 
@@ -245,7 +256,9 @@ def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder:
     columns = ", ".join(CANONICAL_EVENTS.schema.names)
     if not staged.files:
         order = ", ".join(CANONICAL_EVENTS.sort_order)
-        _copy(connection, f"SELECT {columns} FROM stored ORDER BY {order}", folder / "events.parquet")
+        _copy(
+            connection, f"SELECT {columns} FROM stored ORDER BY {order}", folder / "events.parquet"
+        )
         return
     if fetch_one(connection, "SELECT count(*) FROM frequent")[0]:
         for bucket in sorted({_bucket_of(file) for file in staged.files}):

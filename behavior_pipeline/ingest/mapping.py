@@ -27,6 +27,7 @@ _NUMBERS: Final = _FLOATS | {
     "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT",
 }  # fmt: skip
 _EXACT_FLOAT: Final = 2**53  # floats hold every integer up to here
+_MAX_SHOWN: Final = 30  # columns in a message: one screen
 # What Python's datetime can hold, in microseconds since 1970: years 1 to 9999.
 _FIRST_MICROSECOND: Final = -62_135_596_800_000_000
 _LAST_MICROSECOND: Final = 253_402_300_799_999_999
@@ -40,17 +41,29 @@ class Amount:
     faults: tuple[tuple[str, str], ...]
 
 
-def check_columns(columns: Columns, sources: Sources, path: str) -> None:
+def check_columns(
+    columns: Columns, sources: Sources, path: str, last_seen: Mapping[str, str] | None = None
+) -> None:
     """Check that the source has every column that the preset names.
 
+    Args:
+        columns: the preset's mapping.
+        sources: the columns that are there.
+        path: names the source in messages.
+        last_seen: the newest arrival that had a column, by column.
+
     Raises:
-        PipelineError: naming the first missing column and the closest one that is there.
+        PipelineError: naming the first missing column, the closest one that is there and, of a
+            column that was there before, the arrival that had it and the columns that are new.
     """
     for canonical in Columns.model_fields:
         mapping = getattr(columns, canonical)
         for name in source_columns(mapping):
-            if name not in sources:
-                raise _missing_column(canonical, name, sources, path)
+            if name in sources:
+                continue
+            if last_seen and name in last_seen:
+                raise _vanished_column(canonical, name, sources, path, last_seen)
+            raise _missing_column(canonical, name, sources, path)
 
 
 def source_columns(
@@ -210,11 +223,34 @@ def _is_in_calendar(time: str) -> str:
 
 def _missing_column(canonical: str, name: str, sources: Sources, path: str) -> PipelineError:
     """Return the error for a column that the preset names but the source lacks."""
-    close = get_close_matches(name, list(sources), n=1, cutoff=0.5)
-    hint = f"Did you mean '{close[0]}'? " if close else ""
-    shown = ", ".join(list(sources)[:30]) + (", …" if len(sources) > 30 else "")  # noqa: PLR2004 - one screen
     return PipelineError(
         f"'{path}' has no column '{name}', from which the preset takes {canonical}.\n"
-        f"Its columns are: {shown}.",
-        f"{hint}Correct the preset's 'columns', or use the preset that fits this source.",
+        f"Its columns are: {_shown(sources)}.",
+        f"{_hint(name, sources)}Correct the preset's 'columns', or use the preset that fits this "
+        "source.",
     )
+
+
+def _vanished_column(
+    canonical: str, name: str, sources: Sources, path: str, last_seen: Mapping[str, str]
+) -> PipelineError:
+    """Return the error for a column that the preset names and that the source had before."""
+    new = [other for other in sources if other not in last_seen]
+    news = f" New in it: {_shown(new)}." if new else ""
+    return PipelineError(
+        f"'{path}' has no column '{name}' any more, from which the preset takes {canonical}: the "
+        f"arrival '{last_seen[name]}' still had it.\nIts columns are: {_shown(sources)}.{news}",
+        f"{_hint(name, sources)}Ask for the column back, or correct the preset's 'columns'.",
+    )
+
+
+def _shown(names: Iterable[str]) -> str:
+    """Return names for people, as many as fit on a screen."""
+    listed = list(names)
+    return ", ".join(listed[:_MAX_SHOWN]) + (", …" if len(listed) > _MAX_SHOWN else "")
+
+
+def _hint(name: str, sources: Sources) -> str:
+    """Return a question after the closest column, if there is one."""
+    close = get_close_matches(name, list(sources), n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'? " if close else ""

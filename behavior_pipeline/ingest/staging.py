@@ -104,9 +104,7 @@ def placed(ingested_at: datetime, num_buckets: int) -> str:
     return f"{time}, {user_bucket('user_id', num_buckets)} AS user_bucket"
 
 
-def _stage_on_disk(
-    connection: duckdb.DuckDBPyConnection, query: str, folder: Path
-) -> list[Path]:
+def _stage_on_disk(connection: duckdb.DuckDBPyConnection, query: str, folder: Path) -> list[Path]:
     """Stream a query into Parquet files by bucket; `accepted` becomes a view of them."""
     make_private_folder(folder)
     connection.execute(

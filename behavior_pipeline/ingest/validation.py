@@ -68,7 +68,9 @@ def rules(columns: Columns, sources: Sources) -> list[Rule]:
     """Return every rule, in the order in which a row is judged."""
     content = _content_rules(columns, sources)
     if columns.is_deleted is not None:
-        content = [replace(rule, condition=f"NOT is_deleted AND ({rule.condition})") for rule in content]
+        content = [
+            replace(rule, condition=f"NOT is_deleted AND ({rule.condition})") for rule in content
+        ]
     rules = [Rule(NOT_AN_OBJECT, None, "is_broken"), *content]
     if columns.event_id is not None:
         condition = "coalesce(event_id, '') = ''"

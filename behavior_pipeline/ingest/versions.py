@@ -70,7 +70,8 @@ def find_changes(connection: duckdb.DuckDBPyConnection, arrival: str) -> None:
     )
     alone = "event_id IN (FROM changed) AND event_id NOT IN (SELECT event_id FROM others)"
     rows = " UNION ALL ".join(
-        f"SELECT user_id, activity_date FROM {side} WHERE {alone}" for side in ("own_new", "own_old")
+        f"SELECT user_id, activity_date FROM {side} WHERE {alone}"
+        for side in ("own_new", "own_old")
     )
     connection.execute(
         "CREATE TEMP TABLE changes AS SELECT DISTINCT user_id, activity_date "
@@ -116,9 +117,7 @@ def write_versions(
     _write(connection, f"{own} UNION ALL {theirs}", VERSIONS, folder / VERSIONS_FILE)
 
 
-def write_changes(
-    connection: duckdb.DuckDBPyConnection, own: Arrival | None, folder: Path
-) -> None:
+def write_changes(connection: duckdb.DuckDBPyConnection, own: Arrival | None, folder: Path) -> None:
     """Write `changes.parquet`: what this load and those before it changed.
 
     Those before it too, since nobody may have worked on them yet.
@@ -126,7 +125,9 @@ def write_changes(
     before = [own.folder / CHANGES_FILE] if own else []
     query = "SELECT * FROM changes"
     if before:
-        query += f" UNION SELECT * FROM read_parquet({file_list(before)}, hive_partitioning = false)"
+        query += (
+            f" UNION SELECT * FROM read_parquet({file_list(before)}, hive_partitioning = false)"
+        )
     _write(connection, query, CHANGES, folder / CHANGES_FILE)
 
 

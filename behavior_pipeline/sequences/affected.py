@@ -137,7 +137,9 @@ def _users(connection: duckdb.DuckDBPyConnection, layers: Layers, base: Path) ->
         f"read_parquet({file_list([file])}, hive_partitioning = false) SEMI JOIN affected USING (user_id))"
         for file, number in numbered
     )
-    known = f"SELECT user_id FROM ({rows}) GROUP BY user_id HAVING arg_max(num_events, number) > {GONE}"
+    known = (
+        f"SELECT user_id FROM ({rows}) GROUP BY user_id HAVING arg_max(num_events, number) > {GONE}"
+    )
     bucket = user_bucket("affected.user_id", layers.num_buckets)
     return connection.execute(
         f"SELECT user_id, {bucket} AS user_bucket, user_id IN ({known}) AS is_known FROM affected"

@@ -8,7 +8,7 @@ are tokenized anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -121,6 +121,23 @@ def write_sequences(
     if affected is None:
         return _write_everybody(work, folder)
     return _write_affected(work, affected, folder)
+
+
+def unknown_share(folder: Path, field: str) -> float:
+    """Return the share of `UNKNOWN_ID` among a folder's tokens that have a field, 0 without any.
+
+    The same as `SequencesSummary.unknown_shares[field]` of everybody, some users at a time.
+
+    Raises:
+        PipelineError: if there are no files.
+    """
+    num_present, num_unknown = 0, 0
+    for file in sequence_files(folder):
+        for chunk in read_bucket(file, ROW_GROUP_USERS):
+            tokens = chunk[f"{field}_ids"].combine_chunks().flatten().to_numpy()
+            num_present += int(np.sum(tokens != PAD_ID))
+            num_unknown += int(np.sum(tokens == UNKNOWN_ID))
+    return num_unknown / max(num_present, 1)
 
 
 def _write_everybody(work: _Work, folder: Path) -> SequencesSummary:

@@ -90,7 +90,9 @@ def _newest(files: list[Path]) -> pa.Table | None:
     for file in files:
         table = pq.ParquetFile(file).read()
         if newest is not None:
-            older = newest.filter(pc.invert(pc.is_in(newest["user_id"], value_set=table["user_id"])))
+            older = newest.filter(
+                pc.invert(pc.is_in(newest["user_id"], value_set=table["user_id"]))
+            )
             table = pa.concat_tables([older, table])
         newest = table
     return None if newest is None else newest.sort_by("user_id").combine_chunks()

@@ -62,7 +62,9 @@ from behavior_pipeline.warehouse.variables import written_cutoff
 from behavior_pipeline.warehouse.workbench import EVENTS, Workbench
 from behavior_pipeline.windows import EvaluationWindows
 
-_WAY_OUT: Final = "The warehouse that analysts read stays as it was; correct what arrived and load it again."
+_WAY_OUT: Final = (
+    "The warehouse that analysts read stays as it was; correct what arrived and load it again."
+)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def export_marts(
     with open_engine(settings.memory_limit, settings.threads, spill) as connection:
         connection.execute(f"ATTACH {quote_text(str(storage.warehouse))} AS {_CATALOG} (READ_ONLY)")
         _check_night(connection, windows)
-        rows = {}
+        rows: dict[str, int] = {}
         for step, cutoff in enumerate(windows.cutoffs, start=1):
             rows |= _export_cutoff(connection, storage.marts(cutoff), cutoff)
             report(step, len(windows.cutoffs), storage.marts(cutoff).name)

@@ -182,9 +182,7 @@ def _model(node: Mapping[str, Any]) -> Model:
 def _column(column: Mapping[str, Any]) -> Column:
     """Read a column of the manifest."""
     types = {constraint["type"] for constraint in column.get("constraints") or []}
-    return Column(
-        column["name"], column["data_type"], "not_null" in types, column["description"]
-    )
+    return Column(column["name"], column["data_type"], "not_null" in types, column["description"])
 
 
 def _plan_of(content: Mapping[str, Any]) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import duckdb
 
 from behavior_pipeline.ingest.arrivals import CHANGES_FILE, Arrival
-from behavior_pipeline.sql import file_list, fetch_one
+from behavior_pipeline.sql import fetch_one, file_list
 
 MAX_TOUCHED_SHARE: Final = 0.2
 """A night that touches a larger share of the users rebuilds everybody: that is then cheaper."""

@@ -19,8 +19,8 @@ from behavior_pipeline.ingest.arrivals import VERSIONS_FILE, Arrival
 from behavior_pipeline.layers import Layers
 from behavior_pipeline.sql import fetch_one, file_list, quote_identifier, quote_text
 from behavior_pipeline.warehouse.plan import DataTest, Model, Plan
-from behavior_pipeline.windows import EvaluationWindows
 from behavior_pipeline.warehouse.variables import written_cutoff
+from behavior_pipeline.windows import EvaluationWindows
 
 EVENTS: Final = "events_sessionized"
 ROW_GROUP_ROWS: Final = 122_880
@@ -50,7 +50,9 @@ class Workbench:
         """Lay out the sources that are the same for everybody."""
         versions = file_list(arrival.folder / VERSIONS_FILE for arrival in arrivals)
         # A version counts only while the load that it was seen in does.
-        self.connection.execute("CREATE OR REPLACE TEMP TABLE loads (arrival VARCHAR, load_id VARCHAR)")
+        self.connection.execute(
+            "CREATE OR REPLACE TEMP TABLE loads (arrival VARCHAR, load_id VARCHAR)"
+        )
         self.connection.executemany(
             "INSERT INTO loads VALUES (?, ?)", [(each.key, each.load_id) for each in arrivals]
         )
@@ -93,7 +95,9 @@ class Workbench:
         name = f"main.{quote_identifier(model.name)}"
         if model.grain == "view":
             columns = ", ".join(quote_identifier(column.name) for column in model.columns)
-            self._run(model, f"CREATE OR REPLACE VIEW {name} AS SELECT {columns} FROM ({model.sql})")
+            self._run(
+                model, f"CREATE OR REPLACE VIEW {name} AS SELECT {columns} FROM ({model.sql})"
+            )
         else:
             columns = ", ".join(
                 f"{quote_identifier(column.name)} {column.type}{' NOT NULL' * column.is_required}"
@@ -159,7 +163,11 @@ class Workbench:
         started = time.perf_counter()
         try:
             self.connection.execute(statement)
-        except (duckdb.BinderException, duckdb.ConstraintException, duckdb.ConversionException) as error:
+        except (
+            duckdb.BinderException,
+            duckdb.ConstraintException,
+            duckdb.ConversionException,
+        ) as error:
             raise PipelineError(
                 f"The model {model.name} could not be built: {error}",
                 "The warehouse that analysts read stays as it was.",
