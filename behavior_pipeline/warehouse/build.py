@@ -36,9 +36,7 @@ from behavior_pipeline.sql import (
     fetch_one,
     file_list,
     open_engine,
-    quote_identifier,
     quote_text,
-    utc_date,
 )
 from behavior_pipeline.storage import (
     Storage,
@@ -47,7 +45,6 @@ from behavior_pipeline.storage import (
 )
 from behavior_pipeline.warehouse.plan import Model, Plan, load_plan
 from behavior_pipeline.warehouse.state import (
-    CHANGED_DATES,
     MAX_LAYERED_SHARE,
     MAX_TOUCHED_SHARE,
     TOUCHED,
@@ -165,7 +162,7 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
     before = layers_of(storage.events_sessionized, dict(state.layers)) if state else None
     base = Layer(_new_id(), _next_version(before))
     layers = Layers(storage.events_sessionized, base, (), buckets)
-    num_steps = buckets * len(plan.of_grain("user")) + len(plan.of_grain("days", "night", "view"))
+    num_steps = buckets * len(plan.of_grain("user", "sum")) + len(plan.of_grain("night", "view"))
     with (
         database_aside(storage, storage.warehouse) as aside,
         _open(build, aside) as connection,
@@ -196,9 +193,11 @@ def _create_first(bench: Workbench) -> None:
     for model in bench.plan.of_grain("arrivals"):
         bench.create(model)
         bench.insert(model)
-    for model in bench.plan.of_grain("user"):
+    for model in bench.plan.of_grain("user", "sum"):
         if not model.is_parquet:
             bench.create(model)
+        if model.grain == "sum":
+            bench.begin_sum(model, with_what_is_there=False)
     for model in _views_over_events(bench.plan):
         bench.create(model)
 
@@ -214,19 +213,21 @@ def _fill_bucket(bench: Workbench, build: _Build, bucket: int, file: Path) -> No
     """Build the users of a bucket."""
     files = build.event_files(bucket)
     bench.set_events(files or build.event_files(), f"user_bucket = {bucket}")
-    for model in bench.plan.of_grain("user"):
+    for model in bench.plan.of_grain("user", "sum"):
         if model.is_parquet:
             bench.write(model, file)
             bench.set_scope(model.name, f"FROM read_parquet({file_list([file])})")
+        elif model.grain == "sum":
+            bench.add(model)
         else:
-            bench.insert(model)
+            bench.insert_users(model)
 
 
 def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
     """Build the users touched, in place; or say why everybody must be."""
     storage, plan = build.storage, build.plan
     known = layers_of(storage.events_sessionized, dict(state.layers))
-    num_steps = len(plan.of_grain("user", "days", "night"))
+    num_steps = len(plan.of_grain("user", "sum", "night"))
     with _open(build, storage.warehouse) as connection:
         bench = Workbench(connection, plan, _counter(build.report, num_steps))
         num_touched = find_touched(connection, state, build.arrivals, build.night_cutoff)
@@ -241,7 +242,7 @@ def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
         bench.clear_scope()
         _finish(bench, layers, is_new=False)
         newest = layers.layer_folder(layers.layers[-1]) if num_touched else None
-        failures = _test(bench, _touched_scope(plan, newest))
+        failures = _test(bench, _touched_scope(bench, newest))
         num_users = _count_users(connection)
         write_state(connection, build.state(layers, num_users))
         summary = _summary(bench, "", num_users, num_touched, failures)
@@ -255,21 +256,28 @@ def _add_layer(bench: Workbench, build: _Build, known: Layers) -> Layers:
     """Build the users touched and put their rows in place of the old ones."""
     layer = Layer(_new_id(), _next_version(known))
     layers = Layers(known.folder, known.base, (*known.layers, layer), known.num_buckets)
-    files, scope = build.event_files(), f"user_id IN (SELECT user_id FROM {TOUCHED})"
-    bench.set_events(files, scope)
+    scope = f"user_id IN (SELECT user_id FROM {TOUCHED})"
+    bench.set_scope(EVENTS, f"SELECT * FROM ({known.relation()}) WHERE {scope}")
+    for model in bench.plan.of_grain("sum"):
+        bench.begin_sum(model, with_what_is_there=True)
+        bench.add(model, -1)
+    bench.set_events(build.event_files(), scope)
     with writing_folder(layers.layer_folder(layer)) as folder:
         users = folder / USERS_FILE
         bench.connection.execute(
             f"COPY (FROM {TOUCHED} ORDER BY user_id) TO {quote_text(str(users))} (FORMAT parquet)"
         )
         users.chmod(0o600)
-        for model in bench.plan.of_grain("user"):
+        for model in bench.plan.of_grain("user", "sum"):
             if model.is_parquet:
                 bench.write(model, folder / EVENTS_FILE)
                 reader = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"
                 bench.set_scope(model.name, reader)
+            elif model.grain == "sum":
+                bench.add(model)
+                bench.total(model)
             else:
-                bench.replace(model, "user_id", TOUCHED)
+                bench.replace_users(model, TOUCHED)
     return layers
 
 
@@ -279,26 +287,14 @@ def _finish(bench: Workbench, layers: Layers, *, is_new: bool) -> None:
     for model in bench.plan.models:
         if model.is_parquet:
             bench.point_events_to(model, layers)
-        elif model.grain == "days" and not is_new:
-            _replace_days(bench, model, layers)
-        elif model.grain in {"days", "night"}:
+        elif model.grain == "sum" and is_new:
+            bench.total(model)
+        elif model.grain == "night":
             if is_new:
                 bench.create(model)
             bench.renew(model)
         elif model.grain == "view" and is_new and model.name not in over_events:
             bench.create(model)
-
-
-def _replace_days(bench: Workbench, model: Model, layers: Layers) -> None:
-    """Build a model for the days on which something changed."""
-    if not fetch_one(bench.connection, f"SELECT count(*) FROM {CHANGED_DATES}")[0]:
-        return
-    dates = f"SELECT activity_date FROM {CHANGED_DATES}"
-    bench.set_scope(
-        EVENTS, f"SELECT * FROM ({layers.relation()}) WHERE {utc_date('occurred_at')} IN ({dates})"
-    )
-    bench.replace(model, "activity_date", CHANGED_DATES)
-    bench.clear_scope()
 
 
 def _test(bench: Workbench, scope: Mapping[str, str]) -> dict[str, int]:
@@ -318,12 +314,12 @@ def _test(bench: Workbench, scope: Mapping[str, str]) -> dict[str, int]:
     return failures
 
 
-def _touched_scope(plan: Plan, folder: Path | None) -> dict[str, str]:
+def _touched_scope(bench: Workbench, folder: Path | None) -> dict[str, str]:
     """Return the rows of the users touched, of each model that is stored by user."""
     scope = {
-        model.name: f"FROM main.{quote_identifier(model.name)} "
+        model.name: f"FROM {bench.table(model)} "
         f"WHERE user_id IN (SELECT user_id FROM {TOUCHED})"
-        for model in plan.of_grain("user")
+        for model in bench.plan.of_grain("user")
     }
     if folder is not None:
         scope[EVENTS] = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"

@@ -22,17 +22,18 @@ from behavior_pipeline.warehouse.swap import database_aside
 from behavior_pipeline.warehouse.variables import task_variables
 from behavior_pipeline.windows import EvaluationWindows
 
-Grain = Literal["view", "arrivals", "user", "days", "night"]
+Grain = Literal["view", "arrivals", "user", "sum", "night"]
 """What a model's rows depend on, and so when they are made anew:
 
 - view: nothing is stored.
 - arrivals: the list of arrivals; always anew.
 - user: each row on one user's events alone; only users touched.
-- days: each row on one day's events; only days on which something changed.
+- sum: each row is a sum over users, its `key` and all else added up; what users touched added is
+  taken out and what they add now is put in.
 - night: everything; always anew, so such models read tables of the grains above, not events.
 """
 
-PLAN_VERSION: Final = 1  # raise it when plans on disk can no longer be read
+PLAN_VERSION: Final = 2  # raise it when plans on disk can no longer be read
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,22 @@ class Column:
 
 @dataclass(frozen=True)
 class Model:
-    """A model as dbt compiled it."""
+    """A model as dbt compiled it.
+
+    Attributes:
+        name: of the model, and of its table or view.
+        sql: compiled; names other models without a schema.
+        grain: see Grain.
+        is_parquet: its rows are files under `storage.events_sessionized`, not a table.
+        key: of a sum, the columns that are not added up.
+        description, columns: its contract.
+    """
 
     name: str
     sql: str
     grain: Grain
     is_parquet: bool
+    key: tuple[str, ...]
     description: str
     columns: tuple[Column, ...]
 
@@ -174,6 +185,7 @@ def _model(node: Mapping[str, Any]) -> Model:
         sql=node["compiled_code"],
         grain="view" if is_view else meta.get("grain", "night"),
         is_parquet=meta.get("stored_as") == "parquet",
+        key=tuple(meta.get("key", ())),
         description=node["description"],
         columns=tuple(_column(column) for column in node["columns"].values()),
     )
@@ -188,7 +200,13 @@ def _column(column: Mapping[str, Any]) -> Column:
 def _plan_of(content: Mapping[str, Any]) -> Plan:
     """Read a plan that was kept as JSON."""
     models = [
-        Model(**{**model, "columns": tuple(Column(**column) for column in model["columns"])})
+        Model(
+            **model
+            | {
+                "key": tuple(model["key"]),
+                "columns": tuple(Column(**column) for column in model["columns"]),
+            }
+        )
         for model in content["models"]
     ]
     tests = [DataTest(**test) for test in content["tests"]]

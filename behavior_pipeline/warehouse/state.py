@@ -21,7 +21,6 @@ MAX_LAYERED_SHARE: Final = 0.5
 """So many layers, or users in them, and the next night rebuilds everybody: reading stays fast."""
 
 TOUCHED: Final = "pipeline.touched_users"
-CHANGED_DATES: Final = "pipeline.changed_dates"
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ def find_touched(
     arrivals: list[Arrival],
     night_cutoff: str,
 ) -> int:
-    """Make the tables TOUCHED and CHANGED_DATES of the open warehouse; return how many users.
+    """Make the table TOUCHED of the open warehouse; return how many users it has.
 
     Touched are the users that an arrival changed, and those with an event between the cutoffs of
     the last night and of this one, whose features see it for the first time, or no longer.
     """
     files = [arrival.folder / CHANGES_FILE for arrival in _changed(state, arrivals)]
-    changes = "SELECT NULL::VARCHAR AS user_id, NULL::DATE AS activity_date LIMIT 0"
+    changes = "SELECT NULL::VARCHAR AS user_id LIMIT 0"
     if files:
         changes = f"FROM read_parquet({file_list(files)}, hive_partitioning = false)"
     between = (
@@ -106,8 +105,5 @@ def find_touched(
         f"CREATE OR REPLACE TABLE {TOUCHED} AS "
         f"SELECT DISTINCT user_id FROM (SELECT user_id FROM ({changes}) UNION ALL {between})",
         {"before": state.night_cutoff[:10], "now": night_cutoff[:10]},
-    )
-    connection.execute(
-        f"CREATE OR REPLACE TABLE {CHANGED_DATES} AS SELECT DISTINCT activity_date FROM ({changes})"
     )
     return int(fetch_one(connection, f"SELECT count(*) FROM {TOUCHED}")[0])

@@ -32,6 +32,7 @@ class Workbench:
     Attributes:
         connection: the open warehouse.
         seconds: time that each model took, over all its runs.
+        main: the schema with the tables of everybody.
     """
 
     def __init__(
@@ -41,10 +42,17 @@ class Workbench:
         self.plan = plan
         self.seconds: dict[str, float] = defaultdict(float)
         self._finished = finished
+        (database,) = fetch_one(connection, "SELECT current_database()")
+        # With the database's name: temporary tables, which come first, have a schema `main` too.
+        self.main = f"{quote_identifier(database)}.main"
         for schema in ("pipeline", "scope"):
             connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         connection.execute("SET search_path = 'scope,main'")
         connection.execute("SET checkpoint_threshold = '4GB'")  # one at the end is enough
+
+    def table(self, model: Model) -> str:
+        """Return the name of a model's table or view of everybody."""
+        return f"{self.main}.{quote_identifier(model.name)}"
 
     def set_night(self, arrivals: Sequence[Arrival], windows: EvaluationWindows) -> None:
         """Lay out the sources that are the same for everybody."""
@@ -89,10 +97,12 @@ class Workbench:
         self.connection.execute("DROP SCHEMA scope CASCADE")
         self.connection.execute("CREATE SCHEMA scope")
         self.connection.execute("SET search_path = 'scope,main'")
+        for model in self.plan.of_grain("user"):
+            self.connection.execute(f"DROP TABLE IF EXISTS temp.{quote_identifier(model.name)}")
 
     def create(self, model: Model) -> None:
         """Make a model's empty table, or its view, with what is known of it."""
-        name = f"main.{quote_identifier(model.name)}"
+        name = self.table(model)
         if model.grain == "view":
             columns = ", ".join(quote_identifier(column.name) for column in model.columns)
             self._run(
@@ -108,20 +118,62 @@ class Workbench:
 
     def insert(self, model: Model) -> None:
         """Add the rows that a model has for what is in scope."""
-        name = f"main.{quote_identifier(model.name)}"
+        name = self.table(model)
         columns = ", ".join(quote_identifier(column.name) for column in model.columns)
         self._run(model, f"INSERT INTO {name} BY NAME SELECT {columns} FROM ({model.sql})")
 
     def renew(self, model: Model) -> None:
         """Put a model's rows in place of all that are there."""
-        self.connection.execute(f"DELETE FROM main.{quote_identifier(model.name)}")
+        self.connection.execute(f"DELETE FROM {self.table(model)}")
         self.insert(model)
 
-    def replace(self, model: Model, key: str, keys: str) -> None:
-        """Put a model's rows for what is in scope in place of those with some keys."""
-        name = f"main.{quote_identifier(model.name)}"
-        self.connection.execute(f"DELETE FROM {name} WHERE {key} IN (SELECT {key} FROM {keys})")
-        self.insert(model)
+    def insert_users(self, model: Model) -> None:
+        """Add the rows of the users in scope; models that follow see these rows alone."""
+        own, all_ = f"temp.{quote_identifier(model.name)}", self.table(model)
+        columns = ", ".join(quote_identifier(column.name) for column in model.columns)
+        self._run(
+            model,
+            f"CREATE OR REPLACE TEMP TABLE {quote_identifier(model.name)} AS "
+            f"SELECT {columns} FROM ({model.sql}); "
+            f"INSERT INTO {all_} BY NAME SELECT * FROM {own}",
+        )
+
+    def replace_users(self, model: Model, users: str) -> None:
+        """Put the rows of the users in scope in place of those that they had."""
+        self.connection.execute(
+            f"DELETE FROM {self.table(model)} "
+            f"WHERE user_id IN (SELECT user_id FROM {users})"
+        )
+        self.insert_users(model)
+
+    def add(self, model: Model, sign: int = 1) -> None:
+        """Add what the users in scope make of a sum to what `total` will add up, or take it out."""
+        added = [column for column in model.columns if column.name not in model.key]
+        values = ", ".join(f"{sign} * {quote_identifier(c.name)} AS {c.name}" for c in added)
+        self._run(
+            model,
+            f"INSERT INTO {_parts(model)} BY NAME "
+            f"SELECT {', '.join(model.key)}, {values} FROM ({model.sql})",
+        )
+
+    def begin_sum(self, model: Model, *, with_what_is_there: bool) -> None:
+        """Make the table that `add` fills, empty or with the rows that are there."""
+        rows = f"SELECT * FROM {self.table(model)}"
+        limit = "" if with_what_is_there else " LIMIT 0"
+        self.connection.execute(f"CREATE OR REPLACE TEMP TABLE {_parts(model)} AS {rows}{limit}")
+
+    def total(self, model: Model) -> None:
+        """Add up what `add` was given; keys to which nobody adds anything go."""
+        added = [column for column in model.columns if column.name not in model.key]
+        key = ", ".join(model.key)
+        sums = ", ".join(f"CAST(sum({c.name}) AS {c.type}) AS {c.name}" for c in added)
+        has_any = " OR ".join(f"sum({c.name}) <> 0" for c in added)
+        self.connection.execute(f"DELETE FROM {self.table(model)}")
+        self._run(
+            model,
+            f"INSERT INTO {self.table(model)} BY NAME SELECT {key}, {sums} "
+            f"FROM {_parts(model)} GROUP BY {key} HAVING {has_any}",
+        )
 
     def write(self, model: Model, file: Path) -> None:
         """Write a model's rows for what is in scope to Parquet.
@@ -145,7 +197,7 @@ class Workbench:
         """Make the view of all sessionized events."""
         columns = ", ".join(quote_identifier(column.name) for column in model.columns)
         self.connection.execute(
-            f"CREATE OR REPLACE VIEW main.{EVENTS} AS SELECT {columns} FROM ({layers.relation()})"
+            f"CREATE OR REPLACE VIEW {self.table(model)} AS SELECT {columns} FROM ({layers.relation()})"
         )
         self._describe(model, is_view=True)
 
@@ -155,7 +207,10 @@ class Workbench:
 
     def count(self, model: Model) -> int:
         """Count a model's rows of everybody."""
-        name = f"main.{quote_identifier(model.name)}"
+        if model.is_parquet:  # every event is of some day; adding them up opens no file
+            query = f"SELECT coalesce(sum(num_events), 0) FROM {self.main}.user_days"
+            return int(fetch_one(self.connection, query)[0])
+        name = self.table(model)
         return int(fetch_one(self.connection, f"SELECT count(*) FROM {name}")[0])
 
     def _run(self, model: Model, statement: str) -> None:
@@ -177,7 +232,7 @@ class Workbench:
 
     def _describe(self, model: Model, *, is_view: bool = False) -> None:
         """Keep the descriptions of a model and its columns as comments."""
-        name = f"main.{quote_identifier(model.name)}"
+        name = self.table(model)
         kind = "VIEW" if is_view or model.grain == "view" else "TABLE"
         self.connection.execute(f"COMMENT ON {kind} {name} IS {quote_text(model.description)}")
         for column in model.columns:
@@ -185,3 +240,8 @@ class Workbench:
             self.connection.execute(
                 f"COMMENT ON COLUMN {place} IS {quote_text(column.description)}"
             )
+
+
+def _parts(model: Model) -> str:
+    """Return the name of the table whose rows add up to a sum."""
+    return quote_identifier(f"parts_of_{model.name}")

@@ -1,4 +1,4 @@
-{{ config(meta={'grain': 'days'}) }}
+{{ config(meta={'grain': 'sum', 'key': ['activity_date', 'event_type']}) }}
 
 with
 
@@ -15,7 +15,7 @@ final as (
         event_type,
         count(*) as num_events,
         count(distinct user_id) as num_users,
-        {{ sum_of_amounts('amount') }} as amount
+        coalesce(sum({{ exact_amount('amount') }}), 0) as amount
     from events
     group by activity_date, event_type
 

@@ -14,67 +14,60 @@ user_days as (
 
 ),
 
+user_history as (
+
+    select * from {{ ref('int_user_history') }}
+
+),
+
 user_diversity as (
 
     select * from {{ ref('int_user_diversity') }}
 
 ),
 
--- Days before the cutoff: whole days, because a cutoff is a midnight.
-known_days as (
+night as (
 
-    select
-        user_days.*,
-        cutoffs.observation_cutoff,
-        cutoffs.cutoff_date,
-        cutoffs.lookback_start_date
-    from user_days
-    inner join cutoffs on user_days.activity_date < cutoffs.cutoff_date
-    where cutoffs.is_night_cutoff
+    select * from cutoffs where is_night_cutoff
 
 ),
 
-history as (
+-- Whole days, because a cutoff is a midnight; no window is longer.
+recent_days as (
 
     select
-        observation_cutoff,
+        user_days.*,
+        night.cutoff_date,
+        night.lookback_start_date
+    from user_days
+    inner join night
+        on
+            user_days.activity_date < night.cutoff_date
+            and user_days.activity_date
+            >= least(night.lookback_start_date, night.cutoff_date - 90)
+
+),
+
+recent as (
+
+    select
         user_id,
-        {%- for days in [1, 7, 30, 90] %}
-        coalesce(sum(num_events) filter (where {{ in_last_days(days) }}), 0)
-            as num_events_{{ days }}d,
-        {%- endfor %}
-        {%- for days in [7, 30, 90] %}
-        count(*) filter (where {{ in_last_days(days) }}) as num_active_days_{{ days }}d,
-        coalesce(sum(num_sessions) filter (where {{ in_last_days(days) }}), 0)
-            as num_sessions_{{ days }}d,
-        coalesce(sum(num_qualifying_events) filter (where {{ in_last_days(days) }}), 0)
-            as num_qualifying_events_{{ days }}d,
-        coalesce(sum(amount) filter (where {{ in_last_days(days) }}), 0) as amount_{{ days }}d,
-        {%- endfor %}
-        {%- for column in [
-            'num_events', 'num_sessions', 'num_qualifying_events', 'amount', 'num_amounts'
+        sum(num_events) filter (where {{ in_last_days(1) }}) as num_events_1d,
+        {%- for name, condition in [
+            ('_7d', in_last_days(7)), ('_30d', in_last_days(30)), ('_90d', in_last_days(90)),
+            ('_lookback', 'activity_date >= lookback_start_date')
         ] %}
-        coalesce(sum({{ column }}) filter (where activity_date >= lookback_start_date), 0)
-            as {{ column }}_lookback,
-        sum({{ column }}) as {{ column }},
+        sum(num_events) filter (where {{ condition }}) as num_events{{ name }},
+        count(*) filter (where {{ condition }}) as num_active_days{{ name }},
+        sum(num_sessions) filter (where {{ condition }}) as num_sessions{{ name }},
+        sum(num_qualifying_events) filter (where {{ condition }})
+            as num_qualifying_events{{ name }},
+        sum(amount) filter (where {{ condition }}) as amount{{ name }},
         {%- endfor %}
-        count(*) filter (where activity_date >= lookback_start_date) as num_active_days_lookback,
-        count(*) as num_active_days,
-        coalesce(max(max_amount), 0) as max_amount,
-        sum(gap_seconds) as gap_seconds,
-        sum(session_seconds) as session_seconds,
-        max(max_gap_seconds) as max_gap_seconds,
-        arg_max(last_gap_seconds, activity_date) as last_gap_seconds,
-        cast(sum(log_gap_sum) as double) as log_gap_sum,
-        cast(sum(log_gap_square_sum) as double) as log_gap_square_sum,
-        coalesce(median(days_since_active), 0) as median_days_between_active_days,
-        coalesce(sum(num_events) filter (where {{ is_weekend('activity_date') }}), 0)
-            as num_weekend_events,
-        sum(num_night_events) as num_night_events,
-        min(first_event_at) as first_event_at,
-        max(last_event_at) as last_event_at
-    from known_days
-    group by observation_cutoff, user_id
+        sum(num_amounts) filter (where activity_date >= lookback_start_date)
+            as num_amounts_lookback
+    from recent_days
+    group by user_id
 
 ),
 
@@ -82,14 +75,31 @@ history as (
 timed as (
 
     select
-        *,
-        {{ seconds_between('last_event_at', 'observation_cutoff') }} as silence_seconds,
-        {{ hours_between('last_event_at', 'observation_cutoff') }} / 24.0 as recency_days,
-        {{ hours_between('first_event_at', 'observation_cutoff') }} / 24.0 as tenure_days,
-        {{ share('gap_seconds', 'num_events - 1') }} as mean_gap_seconds,
-        {{ share('log_gap_sum', 'num_events - 1') }} as mean_log_gap,
-        {{ share('log_gap_square_sum', 'num_events - 1') }} as mean_square_log_gap
-    from history
+        user_history.*,
+        night.observation_cutoff,
+        {%- for name in ['_1d', '_7d', '_30d', '_90d', '_lookback'] %}
+        coalesce(recent.num_events{{ name }}, 0) as num_events{{ name }},
+        {%- endfor %}
+        {%- for name in ['_7d', '_30d', '_90d', '_lookback'] %}
+        coalesce(recent.num_active_days{{ name }}, 0) as num_active_days{{ name }},
+        coalesce(recent.num_sessions{{ name }}, 0) as num_sessions{{ name }},
+        coalesce(recent.num_qualifying_events{{ name }}, 0) as num_qualifying_events{{ name }},
+        coalesce(recent.amount{{ name }}, 0) as amount{{ name }},
+        {%- endfor %}
+        coalesce(recent.num_amounts_lookback, 0) as num_amounts_lookback,
+        {{ seconds_between('user_history.last_event_at', 'night.observation_cutoff') }}
+            as silence_seconds,
+        {{ hours_between('user_history.last_event_at', 'night.observation_cutoff') }} / 24.0
+            as recency_days,
+        {{ hours_between('user_history.first_event_at', 'night.observation_cutoff') }} / 24.0
+            as tenure_days,
+        {{ share('user_history.gap_seconds', 'user_history.num_events - 1') }} as mean_gap_seconds,
+        {{ share('user_history.log_gap_sum', 'user_history.num_events - 1') }} as mean_log_gap,
+        {{ share('user_history.log_gap_square_sum', 'user_history.num_events - 1') }}
+            as mean_square_log_gap
+    from user_history
+    cross join night
+    left join recent on user_history.user_id = recent.user_id
 
 ),
 

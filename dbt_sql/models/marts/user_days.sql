@@ -32,14 +32,14 @@ days as (
     select
         user_id,
         activity_date,
-        count(*) as num_events,
-        count(*) filter (where is_qualifying) as num_qualifying_events,
-        count(*) filter (where is_session_start) as num_sessions,
-        count(*) filter (where hour_of_day < 6 or hour_of_day >= 22) as num_night_events,
+        cast(count(*) as integer) as num_events,
+        cast(count(*) filter (where is_qualifying) as integer) as num_qualifying_events,
+        cast(count(*) filter (where is_session_start) as integer) as num_sessions,
+        cast(count(*) filter (where hour_of_day < 6 or hour_of_day >= 22) as integer) as num_night_events,
         coalesce(sum(amount), 0) as amount,
         coalesce(sum(amount) filter (where is_qualifying), 0) as qualifying_amount,
         max(amount) as max_amount,
-        count(amount) as num_amounts,
+        cast(count(amount) as integer) as num_amounts,
         cast(coalesce(sum(exact_gap_seconds), 0) as decimal(18, 6)) as gap_seconds,
         cast(
             coalesce(sum(exact_gap_seconds) filter (where not is_session_start), 0) as decimal(18, 6)
