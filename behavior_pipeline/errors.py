@@ -18,3 +18,15 @@ class PipelineError(ValueError):
         """Return the message with the way out on a line of its own."""
         message = str(self.args[0])
         return f"{message}\n{self.way_out}" if self.way_out else message
+
+
+class NothingArrivedError(PipelineError):
+    """There is nothing to load: no file, or files without a row.
+
+    Attributes:
+        is_missing: whether there is no file, rather than an empty one.
+    """
+
+    def __init__(self, message: str, way_out: str = "", *, is_missing: bool = False) -> None:
+        super().__init__(message, way_out)
+        self.is_missing = is_missing

@@ -53,6 +53,11 @@ class Settings(BaseSettings):
     simulated_users: PositiveInt = Field(2400, description="users that `simulated` begins with")
     simulated_days: PositiveInt = Field(180, description="days that `simulated` covers")
 
+    on_missing_arrival: Literal["fail", "accept"] = Field(
+        "fail",
+        description="a night for whose day no file has landed: fail, or accept it as a day without "
+        "events; an empty file always means that",
+    )
     max_quarantined_share: float = Field(
         0.5, ge=0, le=1, description="a load with a larger share of broken rows is refused"
     )

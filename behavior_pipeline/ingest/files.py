@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Final, Literal
 
-from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.errors import NothingArrivedError, PipelineError
 
 Kind = Literal["parquet", "csv", "jsonl"]
 
@@ -57,9 +57,10 @@ def find_files(path: str, day: date | None = None) -> RawFiles:
     pattern = put_day(path, day)
     candidates = _candidates(pattern)
     if not candidates:
-        raise PipelineError(
+        raise NothingArrivedError(
             f"There is no file, folder or match for '{pattern}'.",
             "Give --path the raw events: a file, a folder or a glob in quotes.",
+            is_missing=True,
         )
     kind, files = of_one_kind(pattern, [str(file) for file in candidates])
     return RawFiles(pattern, kind, files)

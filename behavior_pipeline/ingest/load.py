@@ -21,6 +21,7 @@ from typing import Final
 import duckdb
 
 from behavior_pipeline.contracts import CANONICAL_EVENTS, QUARANTINE
+from behavior_pipeline.errors import NothingArrivedError
 from behavior_pipeline.ingest.arrivals import (
     EVENT_COLUMNS,
     HISTORY,
@@ -42,7 +43,14 @@ from behavior_pipeline.ingest.readers import open_source
 from behavior_pipeline.ingest.refusals import refuse_bad_load, refuse_lost_history
 from behavior_pipeline.ingest.schemas import read_schemas
 from behavior_pipeline.ingest.sources import unreadable
-from behavior_pipeline.ingest.staging import Scope, Staged, deduplicate, placed, stage
+from behavior_pipeline.ingest.staging import (
+    Scope,
+    Staged,
+    deduplicate,
+    placed,
+    stage,
+    stage_nothing,
+)
 from behavior_pipeline.ingest.summary import read_summary, summarize
 from behavior_pipeline.ingest.versions import (
     changes_everything,
@@ -120,7 +128,8 @@ def load_arrival(
     Raises:
         PipelineError: if there is nothing to read, a column is missing, too many rows break the
             contract, or a bulk load has a single event type or lacks events that an earlier one
-            had. Nothing is written then.
+            had. Nothing is written then. An empty file of a night's own day is no mistake: the day
+            had no events; whether a missing one is, `settings.on_missing_arrival` says.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", arrival):
         raise ValueError(f"an arrival is named by letters, digits, - and _, not {arrival!r}")
@@ -130,11 +139,27 @@ def load_arrival(
         working_alone(storage),
         engine as connection,
         _workspace(storage.scratch) as workspace,
-        fetched(path, day, workspace, settings, report) as found,
     ):
         own = find_arrival(storage, arrival)
         load = _Load(preset, storage, settings, arrival, ingested_at, own, workspace)
-        return _load(connection, load, found, scope, report)
+        try:
+            with fetched(path, day, workspace, settings, report) as found:
+                return _load(connection, load, found, scope, report)
+        except NothingArrivedError as nothing:
+            is_accepted = not nothing.is_missing or settings.on_missing_arrival == "accept"
+            if not (is_accepted and is_taken_whole(path) and day is not None):
+                raise
+            return _load_nothing(connection, load, report)
+
+
+def _load_nothing(
+    connection: duckdb.DuckDBPyConnection, load: _Load, report: Report
+) -> LoadSummary:
+    """Load a day without events: an arrival that holds nothing."""
+    stage_nothing(connection, placed(load.ingested_at, load.num_buckets))
+    summary = _settle(connection, load, Staged(0, []), Drift(), report)
+    report(_NUM_STEPS, _NUM_STEPS, "no events")
+    return summary
 
 
 def _load(

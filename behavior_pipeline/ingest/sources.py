@@ -12,7 +12,7 @@ from typing import Final
 
 import duckdb
 
-from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.errors import NothingArrivedError, PipelineError
 from behavior_pipeline.sql import quote_text
 
 MALFORMED_LINES: Final = "malformed_lines"
@@ -88,6 +88,8 @@ def unreadable(file: str, error: BaseException) -> PipelineError:
     )
 
 
-def no_data(path: str) -> PipelineError:
+def no_data(path: str) -> NothingArrivedError:
     """Return the error for a source without a data row."""
-    return PipelineError(f"'{path}' is empty: it holds no data rows.", "Check how it was exported.")
+    return NothingArrivedError(
+        f"'{path}' is empty: it holds no data rows.", "Check how it was exported."
+    )

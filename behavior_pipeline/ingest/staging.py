@@ -98,6 +98,20 @@ def stage(
     return Staged(_count_read(connection, judged, source, scope), files)
 
 
+def stage_nothing(connection: duckdb.DuckDBPyConnection, place: str) -> None:
+    """Make the relations of `stage` and `deduplicate` without a row."""
+    types = {"occurred_at": "TIMESTAMPTZ", "amount": "DOUBLE", "codes": "SMALLINT[]"}
+    columns = ", ".join(f"NULL::{types.get(name, 'VARCHAR')} AS {name}" for name in EVENT_COLUMNS)
+    connection.execute(
+        f"CREATE TEMP TABLE stored AS SELECT *, {place} FROM (SELECT {columns}) LIMIT 0"
+    )
+    connection.execute("CREATE TEMP TABLE deletions (event_id VARCHAR)")
+    connection.execute(
+        "CREATE TEMP TABLE quarantined (source_file VARCHAR, row_number BIGINT, reason VARCHAR, "
+        "column_name VARCHAR, raw_row VARCHAR)"
+    )
+
+
 def placed(ingested_at: datetime, num_buckets: int) -> str:
     """Return SQL of the canonical columns that say when a row came and where it lies."""
     time = f"TIMESTAMPTZ {quote_text(ingested_at.isoformat())} AS ingested_at"

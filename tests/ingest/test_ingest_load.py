@@ -200,7 +200,7 @@ class _KilledError(BaseException):
     """Stands for a kill: nothing in the package catches it."""
 
 
-@pytest.mark.parametrize("kill_at", range(1, 5))
+@pytest.mark.parametrize("kill_at", range(1, 6))
 def test_a_kill_at_any_rename_leaves_the_load_before_and_heals(
     kill_at: int,
     tmp_path: Path,
@@ -229,14 +229,14 @@ def test_a_kill_at_any_rename_leaves_the_load_before_and_heals(
         patch.setattr(Path, "rename", failing(Path.rename))
         patch.setattr(Path, "replace", failing(Path.replace))
         patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)  # a kill cleans nothing
-        if kill_at < 4:  # the folders of quarantine and events, and the pointer
+        if kill_at < 5:  # schemas, the folders of quarantine and events, the pointer
             with pytest.raises(_KilledError):
                 load(new, storage, settings, at=LATER)
             assert events(storage) == before
         else:
             load(new, storage, settings, at=LATER)
     remove_leftovers(storage.home)
-    killed = [(old, 1)] if kill_at < 4 else []  # what has been loaded is not taken back
+    killed = [(old, 1)] if kill_at < 5 else []  # what has been loaded is not taken back
     for file, num_bad in [*killed, (new, 2)]:
         summary = load_arrival(shop(), str(file), storage, settings, "history", LATER)
         assert summary.num_quarantined == num_bad
@@ -299,3 +299,45 @@ def test_the_same_rows_give_the_same_bytes(
     load(write_rows(tmp_path / "b.csv", ROWS[::-1]), other, settings)
     (one,), (two,) = (find_arrival(home, "history").event_files() for home in (storage, other))  # type: ignore[union-attr]
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_empty_file_is_a_day_without_events(
+    tmp_path: Path, storage: Storage, settings: Settings
+) -> None:
+    load(write_rows(tmp_path / "a.csv", ROWS), storage, settings)
+    (tmp_path / "2024-01-05.csv").write_text("")
+    write_rows(tmp_path / "2024-01-06.parquet", [])
+    for day in (5, 6):
+        path = str(tmp_path / "{date}.*")
+        summary = load(
+            path, storage, settings, arrival=f"2024-01-0{day}", day=date(2024, 1, day)
+        )
+        assert (summary.num_read, summary.num_stored, summary.num_users_touched) == (0, 0, 0)
+    assert len(events(storage)) == len(ROWS)
+    assert events_span(storage).known_through == datetime(2024, 1, 7, tzinfo=UTC)
+
+
+def test_a_night_that_turns_out_empty_takes_back_what_it_brought(
+    tmp_path: Path, storage: Storage, settings: Settings
+) -> None:
+    load(write_rows(tmp_path / "a.csv", ROWS), storage, settings)
+    more: Row = ("9", "buy", "2024-01-05", "z", "1")
+    file = write_rows(tmp_path / "2024-01-05.csv", [more])
+    day, path = date(2024, 1, 5), str(tmp_path / "{date}.csv")
+    load(path, storage, settings, arrival="2024-01-05", day=day)
+    file.write_text("")
+    summary = load(path, storage, settings, arrival="2024-01-05", day=day)
+    assert summary.num_users_touched == 1
+    assert {row["user_id"] for row in events(storage)} == {"1", "2", "3"}
+
+
+def test_whether_a_missing_file_is_a_day_without_events_is_a_setting(
+    tmp_path: Path, storage: Storage, settings: Settings
+) -> None:
+    day, path = date(2024, 1, 5), str(tmp_path / "{date}.csv")
+    with pytest.raises(PipelineError, match="There is no file"):
+        load(path, storage, settings, arrival="2024-01-05", day=day)
+    lenient = settings.model_copy(update={"on_missing_arrival": "accept"})
+    assert load(path, storage, lenient, arrival="2024-01-05", day=day).num_read == 0
+    with pytest.raises(PipelineError, match="There is no file"):
+        load(tmp_path / "a.csv", storage, lenient)

@@ -64,8 +64,9 @@ def fetched(
     try:
         yield found
     except PipelineError as error:
-        message, way_out = (_renamed(text, found.names) for text in (error.args[0], error.way_out))
-        raise PipelineError(message, way_out) from None
+        error.args = (_renamed(error.args[0], found.names),)
+        error.way_out = _renamed(error.way_out, found.names)
+        raise
 
 
 def _fetch(

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.errors import NothingArrivedError, PipelineError
 from behavior_pipeline.ingest.files import RawFiles, is_hidden, of_one_kind, put_day
 from behavior_pipeline.ingest.places.addresses import first_line, is_disk_full, no_room
 from behavior_pipeline.progress import Report
@@ -83,9 +83,10 @@ def fetch_objects(path: str, day: date | None, folder: Path, report: Report) -> 
         store = _open_store(wanted.bucket)
         sizes = _list(store, wanted)
     if not sizes:
-        raise PipelineError(
+        raise NothingArrivedError(
             f"There is no object, folder or match for '{pattern}'.",
             "Give the path of an object or a folder, or a glob such as s3://bucket/folder/*.csv.",
+            is_missing=True,
         )
     kind, chosen = of_one_kind(pattern, sizes)
     copies = {str(folder / f"{i:06}{_suffix(name)}"): name for i, name in enumerate(chosen)}
