@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ui bench lint format clean
+.PHONY: help setup demo test ui bench bench-warehouse lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,8 +33,11 @@ test: setup  ## run the tests
 ui: setup  ## serve the Dagster UI and its daemon on port 3000
 	$(BIN)/behavior-pipeline ui
 
-bench: setup  ## run the benchmarks; one JSON line per figure
-	@for file in $(filter-out benchmarks/figures.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+bench: setup  ## run the quick benchmarks; one JSON line per figure
+	$(BIN)/python benchmarks/main_path.py
+
+bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour, 40 GB of disk
+	$(BIN)/python benchmarks/warehouse.py $(BENCH)
 
 lint: setup  ## types, style, seams, SQL
 	$(BIN)/ruff check .

@@ -25,6 +25,11 @@ def seconds_of(work: Callable[[], object], repeats: int = 3) -> list[float]:
     return measured
 
 
+def measured(name: str, value: float, unit: str, **more: object) -> dict[str, object]:
+    """Return the line of a figure that has no peer."""
+    return {"figure": name, "value": round(value, 4), "unit": unit, **more, **_circumstances()}
+
+
 def figure(
     name: str, ours: list[float], peer: str, theirs: list[float], unit: str
 ) -> dict[str, object]:
@@ -38,6 +43,13 @@ def figure(
         "peer": peer,
         "peer_value": round(peer_value, 4),
         "ratio": round(value / peer_value, 4),
+        **_circumstances(),
+    }
+
+
+def _circumstances() -> dict[str, object]:
+    """Return where and how a figure was measured."""
+    return {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.python_version()}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
