@@ -19,6 +19,14 @@
   date_diff('hour', {{ utc_timestamp(earlier) }}, {{ utc_timestamp(later) }})
 {%- endmacro %}
 
+{#- Distinct values of a column in a group, nulls left out. By 64-bit hashes, which takes half the time
+    of the texts; two of a thousand values collide once in 10^13 groups. -#}
+{% macro num_distinct(column) -%}
+  coalesce(
+    list_unique(list(hash({{ column }})) filter (where {{ column }} is not null)), 0
+  )
+{%- endmacro %}
+
 {% macro is_weekend(date) -%}
   isodow({{ date }}) >= 6
 {%- endmacro %}
