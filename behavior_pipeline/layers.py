@@ -14,6 +14,7 @@ the version before is not disturbed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +93,16 @@ class Layers:
             parts.append(f"(SELECT * FROM {_reader(files)}{where})")
         return " UNION ALL BY NAME ".join(parts)
 
+    @property
+    def folder_names(self) -> set[str]:
+        """The names of the folders that this version needs."""
+        return {f"base={self.base.id}"} | {f"layer={layer.id}" for layer in self.layers}
+
+    @property
+    def are_there(self) -> bool:
+        """Whether all those folders are on disk."""
+        return all((self.folder / name).is_dir() for name in self.folder_names)
+
     def document(self) -> dict[str, Any]:
         """Return everything but the folder, for JSON."""
         return {
@@ -135,6 +146,17 @@ def point_to_layers(layers: Layers) -> None:
     current = layers.folder / CURRENT_FILE
     if not current.is_file() or read_json(current) != layers.document():
         write_json(current, layers.document())
+
+
+def remove_unused(layers: Layers, before: Layers | None) -> None:
+    """Remove folders that neither this version nor the one before it points to.
+
+    The one before stays for a build, for those who are reading it.
+    """
+    used = layers.folder_names | (before.folder_names if before else set())
+    for folder in layers.folder.glob("*=*"):
+        if folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reader(files: Sequence[Path]) -> str:

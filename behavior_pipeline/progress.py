@@ -16,6 +16,18 @@ def report_nothing(_done: int, _total: int, _message: str) -> None:
     """Ignore progress: the default of every stage function."""
 
 
+def counting(report: Report, num_steps: int) -> Callable[[str], None]:
+    """Return what to call with the name of each step that is done."""
+    done = 0
+
+    def finished(name: str) -> None:
+        nonlocal done
+        done += 1
+        report(done, num_steps, name)
+
+    return finished
+
+
 @contextmanager
 def progress_bar(title: str, console: Console | None = None) -> Iterator[Report]:
     """Yield a report that draws one bar in the terminal."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import file_list
 from behavior_pipeline.storage import Storage, write_json
+from behavior_pipeline.warehouse.build import WarehouseSummary
 from behavior_pipeline.warehouse.plan import Plan
 from behavior_pipeline.windows import EvaluationWindows
 
@@ -38,6 +41,7 @@ class Built(NamedTuple):
     rows: dict[str, int]
     progress: list[tuple[int, int, str]]
     plan: Plan
+    summary: WarehouseSummary
 
 
 def make_preset(**tasks: object) -> Preset:
@@ -81,26 +85,41 @@ def write_events(
     storage: Storage,
     arrival: str = "history",
     num_buckets: int = 3,
+    versions: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write canonical events as one arrival, the way ingest does."""
+    """Write canonical events as one arrival, the way ingest does.
+
+    Versions of ids that several arrivals hold are the caller's to give, under `VERSIONS`.
+    """
     rows = [{name: row.get(name) for name in CANONICAL_EVENTS.schema.names} for row in events]
     for row in rows:
         row["user_bucket"] = bucket_of(row["user_id"], num_buckets)
-    folder = storage.events / f"arrival={arrival}" / "load=given"
-    folder.mkdir(parents=True, exist_ok=True)
+    times = [row["occurred_at"] for row in rows]
+    folder = new_load(storage, arrival, len(rows), times, num_buckets)
     pq.write_table(
         pa.Table.from_pylist(rows, schema=CANONICAL_EVENTS.schema), folder / "events.parquet"
     )
+    pq.write_table(
+        pa.Table.from_pylist(list(versions), schema=VERSIONS.schema), folder / "versions.parquet"
+    )
+
+
+def new_load(
+    storage: Storage, arrival: str, num_stored: int, times: Sequence[datetime], num_buckets: int
+) -> Path:
+    """Make the folder of an arrival's load, with everything but its events; return it."""
+    folder = storage.events / f"arrival={arrival}" / "load=given"
+    folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(VERSIONS.schema.empty_table(), folder / "versions.parquet")
     pq.write_table(CHANGES.schema.empty_table(), folder / "changes.parquet")
-    times = [row["occurred_at"] for row in rows]
     write_json(storage.events / "layout.json", {"num_buckets": num_buckets})
     write_json(
         folder.parent / "load.json",
         {"arrival": arrival, "load_id": "given", "events_id": "given", "is_bucketed": False,
-         "changes_everything": True, "num_stored": len(rows), "num_known": 0,
-         "first_event_at": min(times), "last_event_at": max(times)},
+         "changes_everything": True, "num_stored": num_stored, "num_known": 0,
+         "first_event_at": min(times, default=None), "last_event_at": max(times, default=None)},
     )  # fmt: skip
+    return folder
 
 
 def bucket_of(user_id: str, num_buckets: int) -> int:
@@ -156,11 +175,34 @@ class CompiledModels:
     plan: Plan
     windows: EvaluationWindows
 
-    def run(self, events: Sequence[dict[str, Any]]) -> duckdb.DuckDBPyConnection:
-        """Build every model from one arrival's events, in memory."""
+    def run(
+        self, events: Sequence[dict[str, Any]], *later: Sequence[dict[str, Any]]
+    ) -> duckdb.DuckDBPyConnection:
+        """Build every model, in memory, from a history and any number of nights after it.
+
+        Every row's `state`, 1 if it has none, says whether an id has changed; 0 deletes it.
+        """
         storage = Storage(self.folder)
-        write_events(events, storage)
+        shutil.rmtree(storage.events, ignore_errors=True)
+        arrivals = {"history": events} | {
+            f"2024-06-{day:02}": rows for day, rows in enumerate(later, start=2)
+        }
+        versions = [
+            {"event_id": row["event_id"], "arrival": key, "load_id": "given",
+             "state": row.get("state", 1), "ingested_at": row["ingested_at"]}
+            for key, rows in arrivals.items() for row in rows
+        ]  # fmt: skip
+        held = Counter(version["event_id"] for version in versions)
+        contested = [row for row in versions if held[row["event_id"]] > 1]
+        for key, rows in arrivals.items():
+            stored = [row for row in rows if row.get("state", 1)]
+            write_events(stored, storage, key, versions=contested)
         return run_at_once(self.plan, storage, self.windows)
+
+    def at_night(self, cutoff: datetime) -> CompiledModels:
+        """Return the same models for the one night whose own cutoff is the only one."""
+        windows = replace(self.windows, cutoff=cutoff, train_cutoff=cutoff, test_cutoff=cutoff)
+        return replace(self, windows=windows)
 
 
 def run_at_once(

@@ -2,14 +2,12 @@
 
 Both run the same plan on the same canonical events, so they give the same rows. Everybody is built
 bucket by bucket, in a file aside that is swapped in at the end. Users touched are built in the file
-that is there: until it is finished its state says what it was built from before, so a night that
-was killed is done again, and nothing to the right reads it meanwhile.
+that is there, in one transaction: a night that fails or is killed leaves what was there before.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.arrivals import Arrival, loaded_arrivals, num_buckets
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.layers import (
+    CURRENT_FILE,
     EVENTS_FILE,
     USERS_FILE,
     Layer,
@@ -29,14 +28,17 @@ from behavior_pipeline.layers import (
     bucket_file,
     layers_of,
     point_to_layers,
+    read_layers,
+    remove_unused,
 )
-from behavior_pipeline.progress import Report, report_nothing
+from behavior_pipeline.progress import Report, counting, report_nothing
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import (
     fetch_one,
     file_list,
     open_engine,
     quote_text,
+    transaction,
 )
 from behavior_pipeline.storage import (
     Storage,
@@ -134,8 +136,8 @@ def build_warehouse(
         from_nothing: build everybody, whatever is there.
 
     Raises:
-        PipelineError: if there are no events, or a model or a data test fails. A build of everybody
-            then leaves the old warehouse; after another one the next build does its work again.
+        PipelineError: if there are no events, or a model or a data test fails. The warehouse then
+            stays as it was.
     """
     with working_alone(storage):
         arrivals = loaded_arrivals(storage)
@@ -147,6 +149,8 @@ def build_warehouse(
         build = _Build(storage, settings, plan, windows, arrivals, report)
         state = read_state(storage.warehouse)
         reason = "asked for" if from_nothing else why_rebuild(state, plan.fingerprint, arrivals)
+        if state is not None and not reason and not _layers_of(storage, state).are_there:
+            reason = "sessionized events are gone"
         if state is not None and not reason:
             outcome = _build_touched(build, state)
             if isinstance(outcome, WarehouseSummary):
@@ -159,15 +163,16 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
     """Build all users, a bucket at a time, in a file aside."""
     storage, plan = build.storage, build.plan
     buckets = num_buckets(storage, build.settings.num_buckets)
-    before = layers_of(storage.events_sessionized, dict(state.layers)) if state else None
-    base = Layer(_new_id(), _next_version(before))
+    before = _newest_layers(storage, state)
+    base = Layer(_new_id(), before.version + 1 if before else 1)
     layers = Layers(storage.events_sessionized, base, (), buckets)
-    num_steps = buckets * len(plan.of_grain("user", "sum")) + len(plan.of_grain("night", "view"))
+    once = plan.of_grain("arrivals", "sum", "night", "view")
+    num_steps = buckets * len(plan.of_grain("user", "sum")) + len(once)
     with (
         database_aside(storage, storage.warehouse) as aside,
         _open(build, aside) as connection,
     ):
-        bench = Workbench(connection, plan, _counter(build.report, num_steps))
+        bench = Workbench(connection, plan, counting(build.report, num_steps))
         bench.set_night(build.arrivals, build.windows)
         bench.set_events(build.event_files())
         _create_first(bench)
@@ -184,8 +189,20 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
         connection.close()
         swap_in(aside, storage.warehouse)
     point_to_layers(layers)
-    _remove_unused(layers, state)
+    remove_unused(layers, before)
     return summary
+
+
+def _newest_layers(storage: Storage, state: State | None) -> Layers | None:
+    """Return the newest sessionized events, also those that a lost warehouse went with.
+
+    Versions never begin anew: whoever made something of one must see that another came after it.
+    """
+    folder = storage.events_sessionized
+    found = [_layers_of(storage, state)] if state else []
+    if (folder / CURRENT_FILE).is_file():
+        found.append(read_layers(folder))
+    return max(found, key=lambda layers: layers.version, default=None)
 
 
 def _create_first(bench: Workbench) -> None:
@@ -226,35 +243,46 @@ def _fill_bucket(bench: Workbench, build: _Build, bucket: int, file: Path) -> No
 def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
     """Build the users touched, in place; or say why everybody must be."""
     storage, plan = build.storage, build.plan
-    known = layers_of(storage.events_sessionized, dict(state.layers))
-    num_steps = len(plan.of_grain("user", "sum", "night"))
+    known = _layers_of(storage, state)
     with _open(build, storage.warehouse) as connection:
-        bench = Workbench(connection, plan, _counter(build.report, num_steps))
-        num_touched = find_touched(connection, state, build.arrivals, build.night_cutoff)
-        if num_touched > MAX_TOUCHED_SHARE * state.num_users:
-            return f"{num_touched:,} of {state.num_users:,} users are touched"
-        if num_touched and _num_layered(connection, known) > MAX_LAYERED_SHARE * state.num_users:
-            return "more than half of the users are in layers"
-        bench.set_night(build.arrivals, build.windows)
-        for model in plan.of_grain("arrivals"):
-            bench.renew(model)
-        layers = _add_layer(bench, build, known) if num_touched else known
-        bench.clear_scope()
-        _finish(bench, layers, is_new=False)
-        newest = layers.layer_folder(layers.layers[-1]) if num_touched else None
-        failures = _test(bench, _touched_scope(bench, newest))
-        num_users = _count_users(connection)
-        write_state(connection, build.state(layers, num_users))
-        summary = _summary(bench, "", num_users, num_touched, failures)
+        with transaction(connection):
+            num_touched = find_touched(connection, state, build.arrivals, build.night_cutoff)
+            if num_touched > MAX_TOUCHED_SHARE * state.num_users:
+                return f"{num_touched:,} of {state.num_users:,} users are touched"
+            layered = _num_layered(connection, known) if num_touched else 0
+            if layered > MAX_LAYERED_SHARE * state.num_users:
+                return "more than half of the users are in layers"
+            steps = [*plan.of_grain("arrivals", "night")]
+            if num_touched:  # of a sum the old rows are taken out, the new ones added, then all
+                steps += [*plan.of_grain("user"), *3 * plan.of_grain("sum")]
+            bench = Workbench(connection, plan, counting(build.report, len(steps)))
+            layers, summary = _work_in(bench, build, known, num_touched)
         connection.execute("CHECKPOINT")
     point_to_layers(layers)
-    _remove_unused(layers, state)
+    remove_unused(layers, known)
     return summary
+
+
+def _work_in(
+    bench: Workbench, build: _Build, known: Layers, num_touched: int
+) -> tuple[Layers, WarehouseSummary]:
+    """Bring the open warehouse up to date with the users touched and the night."""
+    bench.set_night(build.arrivals, build.windows)
+    for model in bench.plan.of_grain("arrivals"):
+        bench.renew(model)
+    layers = _add_layer(bench, build, known) if num_touched else known
+    bench.clear_scope()
+    _finish(bench, layers, is_new=False)
+    newest = layers.layer_folder(layers.layers[-1]) if num_touched else None
+    failures = _test(bench, _touched_scope(bench, newest))
+    num_users = _count_users(bench.connection)
+    write_state(bench.connection, build.state(layers, num_users))
+    return layers, _summary(bench, "", num_users, num_touched, failures)
 
 
 def _add_layer(bench: Workbench, build: _Build, known: Layers) -> Layers:
     """Build the users touched and put their rows in place of the old ones."""
-    layer = Layer(_new_id(), _next_version(known))
+    layer = Layer(_new_id(), known.version + 1)
     layers = Layers(known.folder, known.base, (*known.layers, layer), known.num_buckets)
     scope = f"user_id IN (SELECT user_id FROM {TOUCHED})"
     bench.set_scope(EVENTS, f"SELECT * FROM ({known.relation()}) WHERE {scope}")
@@ -317,8 +345,7 @@ def _test(bench: Workbench, scope: Mapping[str, str]) -> dict[str, int]:
 def _touched_scope(bench: Workbench, folder: Path | None) -> dict[str, str]:
     """Return the rows of the users touched, of each model that is stored by user."""
     scope = {
-        model.name: f"FROM {bench.table(model)} "
-        f"WHERE user_id IN (SELECT user_id FROM {TOUCHED})"
+        model.name: f"FROM {bench.table(model)} WHERE user_id IN (SELECT user_id FROM {TOUCHED})"
         for model in bench.plan.of_grain("user")
     }
     if folder is not None:
@@ -363,41 +390,11 @@ def _num_layered(connection: duckdb.DuckDBPyConnection, layers: Layers) -> int:
     return int(fetch_one(connection, f"SELECT count(*) FROM read_parquet({file_list(files)})")[0])
 
 
-def _next_version(layers: Layers | None) -> int:
-    """Return the version after one."""
-    return layers.version + 1 if layers else 1
+def _layers_of(storage: Storage, state: State) -> Layers:
+    """Return the sessionized events that go with a warehouse."""
+    return layers_of(storage.events_sessionized, dict(state.layers))
 
 
 def _new_id() -> str:
     """Return a name that no folder has had: files of a version are never changed."""
     return uuid4().hex[:12]
-
-
-def _counter(report: Report, num_steps: int) -> Callable[[str], None]:
-    """Return what counts finished models."""
-    done = 0
-
-    def finished(name: str) -> None:
-        nonlocal done
-        done += 1
-        report(min(done, num_steps), num_steps, name)
-
-    return finished
-
-
-def _remove_unused(layers: Layers, before: State | None) -> None:
-    """Remove folders that neither this version nor the one before it points to.
-
-    The one before stays for a night, for those who are reading it.
-    """
-    used = _folders(layers)
-    if before is not None:
-        used |= _folders(layers_of(layers.folder, dict(before.layers)))
-    for folder in layers.folder.glob("*=*"):
-        if folder.name not in used:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folders(layers: Layers) -> set[str]:
-    """Return the names of the folders that a version needs."""
-    return {f"base={layers.base.id}"} | {f"layer={layer.id}" for layer in layers.layers}

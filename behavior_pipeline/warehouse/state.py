@@ -43,14 +43,14 @@ class State:
 
 
 def read_state(warehouse: Path) -> State | None:
-    """Return the state of a warehouse, None if there is none or it was not finished."""
+    """Return the state of a warehouse, None if there is none that can be read."""
     if not warehouse.is_file():
         return None
-    with duckdb.connect(str(warehouse), read_only=True) as connection:
-        try:
+    try:
+        with duckdb.connect(str(warehouse), read_only=True) as connection:
             (text,) = fetch_one(connection, "SELECT document FROM pipeline.state")
-        except (duckdb.CatalogException, ValueError):
-            return None
+    except duckdb.Error:  # such as the file of another release, or one that dbt made
+        return None
     return State(**json.loads(text))
 
 

@@ -38,10 +38,11 @@ def dbt_variables(
         ValueError: if a cutoff is no midnight in UTC. The models count by UTC days, which says
             exactly what is before a cutoff only where the cutoff begins a day.
     """
-    loads = f"{glob.escape(str(storage.events.absolute()))}/arrival=*/load=*"
+    arrivals = f"{glob.escape(str(storage.events.absolute()))}/arrival=*"
     return task_variables(settings, preset, windows) | {
-        "events_glob": f"{loads}/events*.parquet",
-        "versions_glob": f"{loads}/versions.parquet",
+        "loads_glob": f"{arrivals}/load.json",
+        "events_glob": f"{arrivals}/load=*/events*.parquet",
+        "versions_glob": f"{arrivals}/load=*/versions.parquet",
         "memory_limit": settings.memory_limit,
         "threads": settings.threads,
         "temp_directory": str(storage.scratch.absolute() / "spill"),

@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) ->
     write_events(shop_events(), storage)
     windows = make_windows(LIVE_CUTOFF)
     progress: list[tuple[int, int, str]] = []
-    build_warehouse(
+    summary = build_warehouse(
         storage,
         small_settings,
         make_preset(),
@@ -41,7 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) ->
     )
     rows = export_marts(storage, small_settings, windows)
     plan = load_plan(storage, small_settings, make_preset(), windows)
-    return Built(storage, small_settings, windows, rows, progress, plan)
+    return Built(storage, small_settings, windows, rows, progress, plan, summary)
 
 
 @pytest.fixture(scope="session")

@@ -114,11 +114,12 @@ def test_propensity(marts: duckdb.DuckDBPyConnection):
     ]
 
 
-def test_aggregates_of_one_user(marts: duckdb.DuckDBPyConnection):
+def test_aggregates_of_one_user(compiled: CompiledModels):
+    """They are of the night's own cutoff alone, so the night is the train cutoff here."""
     (found,) = rows(
-        marts,
+        compiled.at_night(TRAIN_CUTOFF).run(EVENTS),
         "SELECT num_events, num_events_7d, num_events_30d, num_active_days, num_sessions,"
-        " num_qualifying_events_30d, amount_30d, num_items_lookback, top_category_share,"
+        " num_qualifying_events_30d, amount_30d, num_items, top_category_share,"
         " repeat_item_share, mean_session_seconds, night_share, last_gap_seconds, recency_days,"
         " tenure_days, median_days_between_active_days "
         f"FROM user_aggregates WHERE user_id = 'ann' AND observation_cutoff = '{TRAIN_CUTOFF}'",
@@ -129,17 +130,25 @@ def test_aggregates_of_one_user(marts: duckdb.DuckDBPyConnection):
     )
 
 
-def test_aggregates_hold_everyone_with_an_event_and_no_null(marts: duckdb.DuckDBPyConnection):
+@pytest.mark.parametrize("night", [TRAIN_CUTOFF, TEST_CUTOFF, LIVE_CUTOFF])
+def test_aggregates_hold_everyone_with_an_event_and_no_null(
+    compiled: CompiledModels, night: datetime
+):
+    marts = compiled.at_night(night).run(EVENTS)
     users = rows(
         marts,
         "SELECT observation_cutoff, string_agg(user_id, ' ' ORDER BY user_id) "
         "FROM user_aggregates GROUP BY ALL ORDER BY ALL",
     )
-    cutoffs = (TRAIN_CUTOFF, TEST_CUTOFF, LIVE_CUTOFF)
-    assert users == [(cutoff, "ann bob cyd dee") for cutoff in cutoffs]
+    assert users == [(night, "ann bob cyd dee")]
     table = marts.execute("SELECT * FROM user_aggregates").to_arrow_table()
     assert table.num_columns >= 42
     assert [name for name in table.column_names if table[name].null_count] == []
+
+
+def test_of_several_cutoffs_the_nights_own_has_aggregates(marts: duckdb.DuckDBPyConnection):
+    found = rows(marts, "SELECT DISTINCT observation_cutoff FROM user_aggregates")
+    assert found == [(LIVE_CUTOFF,)]
 
 
 def test_daily_activity(marts: duckdb.DuckDBPyConnection):

@@ -77,8 +77,10 @@ def test_events_from_the_cutoff_on_change_no_feature(
     compiled: CompiledModels, events: list[Event]
 ) -> None:
     known = [row for row in events if row["occurred_at"] < TRAIN_CUTOFF]
-    with compiled.run(known) as before, compiled.run(events) as after:
+    night = compiled.at_night(TRAIN_CUTOFF)
+    with night.run(known) as before, night.run(events) as after:
         assert _features(before) == _features(after)
+        assert len(_features(after)["user_aggregates"]) == len({row["user_id"] for row in known})
 
 
 @settings(max_examples=8)
@@ -99,10 +101,29 @@ def test_an_event_that_arrives_again_changes_nothing(
     compiled: CompiledModels, events: list[Event]
 ) -> None:
     again = [row | {"ingested_at": INGESTED_AT + timedelta(days=1)} for row in events[::2]]
-    with compiled.run(events) as one, compiled.run([*again, *events]) as other:
-        for mart in MARTS:
-            query = f"SELECT COLUMNS(*)::VARCHAR FROM {mart} ORDER BY ALL"
-            assert rows(one, query) == rows(other, query), mart
+    with compiled.run(events) as one, compiled.run(events, again) as other:
+        assert _all_rows(one) == _all_rows(other)
+
+
+@settings(max_examples=8)
+@given(events=event_lists())
+def test_corrections_and_deletions_equal_a_history_that_says_so(
+    compiled: CompiledModels, events: list[Event]
+) -> None:
+    corrected = [row | {"user_id": "w", "amount": 7.0, "state": 2} for row in events[::3]]
+    deleted = [row | {"state": 0} for row in events[1::3]]
+    mended = [row | {"state": 1} for row in [*corrected, *events[2::3]]]
+    with (
+        compiled.run(events, corrected[::2], [*corrected[1::2], *deleted]) as nights,
+        compiled.run(mended) as at_once,
+    ):
+        assert _all_rows(nights) == _all_rows(at_once)
+
+
+def _all_rows(connection: duckdb.DuckDBPyConnection) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the rows of every mart as texts, sorted."""
+    query = "SELECT COLUMNS(*)::VARCHAR FROM {} ORDER BY ALL"
+    return {mart: rows(connection, query.format(mart)) for mart in MARTS}
 
 
 @settings(max_examples=12)

@@ -10,7 +10,7 @@ from warehouse_builders import LIVE_CUTOFF, make_preset, make_windows
 
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
-from behavior_pipeline.warehouse.build import DBT_PROJECT
+from behavior_pipeline.warehouse.dbt import DBT_PROJECT
 from behavior_pipeline.warehouse.variables import dbt_variables
 
 

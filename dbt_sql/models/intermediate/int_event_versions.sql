@@ -4,13 +4,15 @@ with
 
 versions as (
 
-    select distinct
+    -- Each load that met the id has listed it, not all of them at the same time.
+    select
         event_id,
         arrival,
         state,
-        ingested_at,
+        min(ingested_at) as ingested_at,
         case when arrival = 'history' then '' else arrival end as arrival_rank
     from {{ source('pipeline', 'event_versions') }}
+    group by event_id, arrival, state
 
 ),
 
