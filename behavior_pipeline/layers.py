@@ -15,13 +15,12 @@ the version before is not disturbed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.sql import file_list
+from behavior_pipeline.sql import parquet
 from behavior_pipeline.storage import read_json, write_json
 
 CURRENT_FILE: Final = "current.json"
@@ -88,9 +87,9 @@ class Layers:
         for files, later in self.parts(bucket):
             conditions = [] if bucket is None else [f"user_bucket = {int(bucket)}"]
             if later:
-                conditions.append(f"user_id NOT IN (SELECT user_id FROM {_reader(later)})")
+                conditions.append(f"user_id NOT IN (SELECT user_id FROM {parquet(later)})")
             where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-            parts.append(f"(SELECT * FROM {_reader(files)}{where})")
+            parts.append(f"(SELECT * FROM {parquet(files)}{where})")
         return " UNION ALL BY NAME ".join(parts)
 
     @property
@@ -157,8 +156,3 @@ def remove_unused(layers: Layers, before: Layers | None) -> None:
     for folder in layers.folder.glob("*=*"):
         if folder.name not in used:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _reader(files: Sequence[Path]) -> str:
-    """Return the SQL call that reads some files."""
-    return f"read_parquet({file_list(files)}, hive_partitioning = false)"

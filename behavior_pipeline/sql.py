@@ -26,7 +26,8 @@ def user_bucket(user_id: str, num_buckets: int) -> str:
 
     Every engine and every release puts a user into the same bucket.
     """
-    return f"cast(cast('0x' || substr(md5({user_id}), 1, 8) AS BIGINT) % {int(num_buckets)} AS INTEGER)"
+    digits = f"cast('0x' || substr(md5({user_id}), 1, 8) AS BIGINT)"
+    return f"cast({digits} % {int(num_buckets)} AS INTEGER)"
 
 
 def utc_date(column: str) -> str:
@@ -40,6 +41,18 @@ def fetch_one(
     """Return the one row that a query answers."""
     (row,) = connection.execute(query, list(values)).fetchall()
     return tuple(row)
+
+
+def parquet(files: Iterable[Path], *, with_folders: bool = False) -> str:
+    """Return the SQL call that reads some Parquet files, and nothing but them.
+
+    Args:
+        files: at least one.
+        with_folders: whether folders named `key=value` become text columns; where they do not, a
+            home whose own path has such a name reads the same.
+    """
+    folders = "true, hive_types_autocast = false" if with_folders else "false"
+    return f"read_parquet({file_list(files)}, hive_partitioning = {folders})"
 
 
 def file_list(paths: Iterable[Path]) -> str:

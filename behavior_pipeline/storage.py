@@ -39,12 +39,12 @@ class Storage:
 
     @property
     def events(self) -> Path:
-        """Canonical events: `events/arrival=<key>/load=<id>/`, `load.json` says which load counts."""
+        """Canonical events: `events/arrival=<key>/load=<id>/`; `load.json` names what counts."""
         return self.home / "events"
 
     @property
     def quarantine(self) -> Path:
-        """Rejected rows with the reason: `quarantine/arrival=<key>/load=<id>/quarantine.parquet`."""
+        """Rejected rows with the reason: `quarantine/arrival=<key>/load=<id>/*.parquet`."""
         return self.home / "quarantine"
 
     @property

@@ -1,4 +1,4 @@
-"""Makes a night's arrival for some users of a simulated history: what a landing folder would hold."""
+"""Makes a night's arrival for some users of a simulated history, as a landing folder holds it."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ WINDOWS = (7, 30, 90)
 QUALIFYING = "purchase"
 TARGET_EVENTS = ("add_to_cart", "purchase")
 NUM_TARGETS = 30
+MORNING, EVENING, SATURDAY = 6, 22, 5
 
 Tables = dict[str, pd.DataFrame]
 
@@ -81,7 +82,7 @@ def user_days(events: pd.DataFrame) -> pd.DataFrame:
     log_gap = np.log1p(events["gap_seconds"])
     table = (
         events.assign(
-            is_night=(hour < 6) | (hour >= 22),
+            is_night=(hour < MORNING) | (hour >= EVENING),
             qualifying_amount=events["amount"].where(events["is_qualifying"]),
             inner_gap=events["gap_seconds"].where(~events["is_session_start"]),
             log_gap=log_gap,
@@ -201,7 +202,7 @@ def user_aggregates(
 
 def _history(known: pd.DataFrame) -> pd.DataFrame:
     """Features of the whole history."""
-    weekend = known["num_events"].where(known["activity_date"].dt.dayofweek >= 5, 0)
+    weekend = known["num_events"].where(known["activity_date"].dt.dayofweek >= SATURDAY, 0)
     return (
         known.assign(num_weekend_events=weekend)
         .groupby("user_id")

@@ -1,9 +1,9 @@
 """Arrivals on disk: what each load left behind, and which load of an arrival counts.
 
 An arrival is named `history` (a bulk load) or after its day. Every load of it writes a folder of
-its own, `events/arrival=<key>/load=<id>/`, named after its content; `events/arrival=<key>/load.json`
-points to the one that counts and is replaced in one rename, so an arrival is always whole. A load
-with the content of the one before it changes nothing.
+its own, `events/arrival=<key>/load=<id>/`, named after its content; `load.json` beside it points to
+the one that counts and is replaced in one rename, so an arrival is always whole. A load with the
+content of the one before it changes nothing.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ from behavior_pipeline.ingest.versions import (
 )
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import fetch_one, file_list, open_engine, quote_text
+from behavior_pipeline.sql import fetch_one, open_engine, parquet, quote_text
 from behavior_pipeline.storage import (
     Storage,
     aside_of,
@@ -282,7 +282,10 @@ def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder:
     Sorting a bulk load costs a few seconds once; every night then finds its users' events side by
     side.
     """
-    columns, order = ", ".join(CANONICAL_EVENTS.schema.names), ", ".join(CANONICAL_EVENTS.sort_order)
+    columns, order = (
+        ", ".join(CANONICAL_EVENTS.schema.names),
+        ", ".join(CANONICAL_EVENTS.sort_order),
+    )
     if not staged.files:
         query = f"SELECT {columns} FROM stored ORDER BY {order}"
         _copy(connection, query, folder / "events.parquet")
@@ -290,7 +293,7 @@ def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder:
     has_repeats = fetch_one(connection, "SELECT count(*) FROM frequent")[0] > 0
     for bucket in sorted({_bucket_of(file) for file in staged.files}):
         own = [file for file in staged.files if _bucket_of(file) == bucket]
-        rows = f"read_parquet({file_list(own)}, hive_partitioning = false)"
+        rows = parquet(own)
         relation = f"stored WHERE user_bucket = {bucket}" if has_repeats else rows
         query = f"SELECT {columns} FROM {relation} ORDER BY {order}"
         _copy(connection, query, folder / f"events-{bucket:04d}-0000.parquet")

@@ -12,7 +12,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.sources import Source
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import file_list
+from behavior_pipeline.sql import parquet
 
 _SHOWN_CHARACTERS = 80
 
@@ -52,8 +52,8 @@ def refuse_lost_history(
     if not known:
         return
     row = connection.execute(
-        f"SELECT count(*) FROM read_parquet({file_list(known)}, hive_partitioning = false) AS known "
-        "ANTI JOIN (SELECT event_id FROM stored UNION ALL FROM deletions) USING (event_id)"
+        f"SELECT count(*) FROM {parquet(known)} AS known ANTI JOIN "
+        "(SELECT event_id FROM stored UNION ALL FROM deletions) USING (event_id)"
     ).fetchone()
     if row is not None and row[0]:
         raise PipelineError(

@@ -1,7 +1,7 @@
 """Staging: a source's rows are judged and become `accepted`, `deletions` and `quarantined`.
 
-Small loads are staged in DuckDB's memory. A bulk load streams into Parquet files by bucket of users,
-which become the arrival's own files unless rows in them repeat one another.
+Small loads are staged in DuckDB's memory. A bulk load streams into Parquet files by bucket of
+users, so that a bucket is all that must fit into memory afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from behavior_pipeline.ingest.arrivals import EVENT_COLUMNS
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source
 from behavior_pipeline.ingest.validation import judged_rows
-from behavior_pipeline.sql import fetch_one, file_list, quote_text, user_bucket
+from behavior_pipeline.sql import fetch_one, parquet, quote_text, user_bucket
 from behavior_pipeline.storage import make_private_folder
 from behavior_pipeline.windows import midnight
 
@@ -128,7 +128,7 @@ def _stage_on_disk(connection: duckdb.DuckDBPyConnection, query: str, folder: Pa
     )
     files = sorted(folder.glob("user_bucket=*/*"))
     if files:
-        rows = f"FROM read_parquet({file_list(files)}, hive_partitioning = false)"
+        rows = f"FROM {parquet(files)}"
         connection.execute(f"CREATE TEMP VIEW accepted AS {rows}")
     else:
         connection.execute(f"CREATE TEMP TABLE accepted AS {query} LIMIT 0")
@@ -227,8 +227,9 @@ def _find_frequent(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("CREATE TEMP TABLE suspects (id_hash UBIGINT)")
     for share in range(shares):
         connection.execute(
-            f"INSERT INTO suspects SELECT id_hash FROM (SELECT hash(event_id) AS id_hash FROM {ids})"
-            f" WHERE id_hash % {shares} = {share} GROUP BY id_hash HAVING count(*) > 1"
+            "INSERT INTO suspects SELECT id_hash "
+            f"FROM (SELECT hash(event_id) AS id_hash FROM {ids}) WHERE id_hash % {shares} = {share} "
+            "GROUP BY id_hash HAVING count(*) > 1"
         )
     is_suspect = "hash(event_id) IN (FROM suspects)" if _count(connection, "suspects") else "false"
     connection.execute(

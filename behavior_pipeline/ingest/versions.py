@@ -23,7 +23,7 @@ from behavior_pipeline.ingest.arrivals import (
     Arrival,
     arrival_rank,
 )
-from behavior_pipeline.sql import fetch_one, file_list, quote_identifier, quote_text, utc_date
+from behavior_pipeline.sql import fetch_one, parquet, quote_identifier, quote_text, utc_date
 
 _SIDE: Final = "event_id, user_id, activity_date, state"
 _NOTHING: Final = (
@@ -80,7 +80,7 @@ def find_changes(connection: duckdb.DuckDBPyConnection, arrival: str) -> None:
 
 
 def changes_everything(connection: duckdb.DuckDBPyConnection, own: Arrival | None) -> bool:
-    """Tell whether all that a load brings is new: never loaded before, and no id known elsewhere."""
+    """Tell whether a load is its arrival's first, and no other arrival holds an id of it."""
     return own is None and fetch_one(connection, "SELECT count(*) FROM others")[0] == 0
 
 
@@ -100,13 +100,13 @@ def write_versions(
     connection: duckdb.DuckDBPyConnection, arrival: str, load_id: str, folder: Path
 ) -> None:
     """Write `versions.parquet`: of each id that others hold, or that is deleted, every version."""
+    contested = "(FROM stored SEMI JOIN others USING (event_id))"
     own = " UNION ALL ".join(
         f"SELECT event_id, {quote_text(arrival)} AS arrival, {quote_text(load_id)} AS load_id, "
         f"state, ingested_at FROM {rows}"
         for rows in (
             # apart, so that states are computed of contested rows alone
-            f"(SELECT event_id, {state_of_row()} AS state, ingested_at FROM "
-            f"(FROM stored SEMI JOIN others USING (event_id)))",
+            f"(SELECT event_id, {state_of_row()} AS state, ingested_at FROM {contested})",
             f"(SELECT event_id, {DELETED} AS state, NULL AS ingested_at FROM deletions)",
         )
     )
@@ -125,9 +125,7 @@ def write_changes(connection: duckdb.DuckDBPyConnection, own: Arrival | None, fo
     before = [own.folder / CHANGES_FILE] if own else []
     query = "SELECT * FROM changes"
     if before:
-        query += (
-            f" UNION SELECT * FROM read_parquet({file_list(before)}, hive_partitioning = false)"
-        )
+        query += f" UNION SELECT * FROM {parquet(before)}"
     _write(connection, query, CHANGES, folder / CHANGES_FILE)
 
 
@@ -147,21 +145,14 @@ def _rows_of(arrivals: list[Arrival], ids: str | None = None) -> str:
     if events:
         parts.append(
             f"SELECT event_id, user_id, {utc_date('occurred_at')}, {state_of_row()}, ingested_at, "
-            f"arrival, load FROM {_reader(events)} {wanted}"
+            f"arrival, load FROM {parquet(events, with_folders=True)} {wanted}"
         )
     if deletions:
         parts.append(
             f"SELECT event_id, NULL, NULL, {DELETED}, NULL, arrival, load "
-            f"FROM {_reader(deletions)} {wanted}"
+            f"FROM {parquet(deletions, with_folders=True)} {wanted}"
         )
     return " UNION ALL ".join(f"({part})" for part in parts)
-
-
-def _reader(files: list[Path]) -> str:
-    """Return the SQL call that reads files with the `arrival` and `load` of their folders."""
-    return (
-        f"read_parquet({file_list(files)}, hive_partitioning = true, hive_types_autocast = false)"
-    )
 
 
 def _changed_winners(arrival: str) -> str:

@@ -21,7 +21,7 @@ from behavior_pipeline.layers import EVENTS_FILE, USERS_FILE, Layers, bucket_fil
 from behavior_pipeline.sequences.reading import GONE, MANIFEST, touched_files
 from behavior_pipeline.sequences.tokenization import EVENT_COLUMNS
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import fetch_one, file_list, open_engine, user_bucket
+from behavior_pipeline.sql import fetch_one, open_engine, parquet, user_bucket
 from behavior_pipeline.storage import Storage, read_json
 
 MAX_AFFECTED_SHARE: Final = 0.3
@@ -111,10 +111,7 @@ def _find_users(
     """Make the table `affected`; return how many users it has."""
     connection.execute("CREATE TABLE affected (user_id VARCHAR)")
     if files := layers.users_files(known["version"]):
-        connection.execute(
-            "INSERT INTO affected SELECT DISTINCT user_id "
-            f"FROM read_parquet({file_list(files)}, hive_partitioning = false)"
-        )
+        connection.execute(f"INSERT INTO affected SELECT DISTINCT user_id FROM {parquet(files)}")
     first, last = sorted((_time(known["cutoff"]), _time(wanted["cutoff"])))
     if first < last:
         connection.execute(
@@ -134,7 +131,7 @@ def _users(connection: duckdb.DuckDBPyConnection, layers: Layers, base: Path) ->
         numbered += [(each, int(each.name.split(".")[1])) for each in touched_files(file)]
     rows = " UNION ALL ".join(
         f"(SELECT user_id, num_events, {number} AS number FROM "
-        f"read_parquet({file_list([file])}, hive_partitioning = false) SEMI JOIN affected USING (user_id))"
+        f"{parquet([file])} SEMI JOIN affected USING (user_id))"
         for file, number in numbered
     )
     known = (
@@ -164,11 +161,11 @@ def _relation(connection: duckdb.DuckDBPyConnection, layers: Layers) -> str:
     if not layers.layers:
         return layers.relation()
     newest = layers.layer_folder(layers.layers[-1])
-    users = f"read_parquet({file_list([newest / USERS_FILE])}, hive_partitioning = false)"
+    users = parquet([newest / USERS_FILE])
     missing = f"SELECT count(*) FROM affected WHERE user_id NOT IN (SELECT user_id FROM {users})"
     if fetch_one(connection, missing)[0]:
         return layers.relation()
-    return f"FROM read_parquet({file_list([newest / EVENTS_FILE])}, hive_partitioning = false)"
+    return f"FROM {parquet([newest / EVENTS_FILE])}"
 
 
 def _time(text: str) -> datetime:

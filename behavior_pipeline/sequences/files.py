@@ -1,8 +1,8 @@
 """Writes sequence files: one per bucket of users, so that memory is bounded by a bucket.
 
 Everybody is tokenized where nothing usable is there. Otherwise the files of an earlier night are
-linked, and only users whose events have changed since, or who have an event between the two cutoffs,
-are tokenized anew.
+linked, and only users whose events have changed since, or who have an event between the two
+cutoffs, are tokenized anew.
 """
 
 from __future__ import annotations

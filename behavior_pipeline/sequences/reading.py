@@ -1,4 +1,4 @@
-"""Sequence files as one stream per bucket: those of the base, with the users touched since in place.
+"""Sequence files as one stream per bucket: the base, with the users touched since in place.
 
 A folder of sequences holds `bucket=<kkk>.parquet` for everybody, and in `touched/` any number of
 `bucket=<kkk>.<nnn>.parquet` for users that were tokenized anew; the highest number counts. There, a

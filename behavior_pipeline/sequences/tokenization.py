@@ -140,7 +140,7 @@ def _to_sequences(
     cutoff: datetime,
     max_events: int,
 ) -> pa.Table:
-    """Cut the tokens into one list per user; `users` is sorted, tokens have each user's together."""
+    """Cut tokens into one list per user; `users` is sorted, each user's tokens are together."""
     names, run_starts, run_ends = _runs(tokens["user_id"])
     places = np.asarray(users.search_sorted(names), dtype=np.int64)
     starts, ends = np.zeros((2, len(users)), np.int64)

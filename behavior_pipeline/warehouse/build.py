@@ -35,8 +35,8 @@ from behavior_pipeline.progress import Report, counting, report_nothing
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.sql import (
     fetch_one,
-    file_list,
     open_engine,
+    parquet,
     quote_text,
     transaction,
 )
@@ -233,7 +233,7 @@ def _fill_bucket(bench: Workbench, build: _Build, bucket: int, file: Path) -> No
     for model in bench.plan.of_grain("user", "sum"):
         if model.is_parquet:
             bench.write(model, file)
-            bench.set_scope(model.name, f"FROM read_parquet({file_list([file])})")
+            bench.set_scope(model.name, f"FROM {parquet([file])}")
         elif model.grain == "sum":
             bench.add(model)
         else:
@@ -299,7 +299,7 @@ def _add_layer(bench: Workbench, build: _Build, known: Layers) -> Layers:
         for model in bench.plan.of_grain("user", "sum"):
             if model.is_parquet:
                 bench.write(model, folder / EVENTS_FILE)
-                reader = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"
+                reader = f"FROM {parquet([folder / EVENTS_FILE])}"
                 bench.set_scope(model.name, reader)
             elif model.grain == "sum":
                 bench.add(model)
@@ -349,7 +349,7 @@ def _touched_scope(bench: Workbench, folder: Path | None) -> dict[str, str]:
         for model in bench.plan.of_grain("user")
     }
     if folder is not None:
-        scope[EVENTS] = f"FROM read_parquet({file_list([folder / EVENTS_FILE])})"
+        scope[EVENTS] = f"FROM {parquet([folder / EVENTS_FILE])}"
     return scope
 
 
@@ -387,7 +387,7 @@ def _num_layered(connection: duckdb.DuckDBPyConnection, layers: Layers) -> int:
     files = layers.users_files(layers.base.version)
     if not files:
         return 0
-    return int(fetch_one(connection, f"SELECT count(*) FROM read_parquet({file_list(files)})")[0])
+    return int(fetch_one(connection, f"SELECT count(*) FROM {parquet(files)}")[0])
 
 
 def _layers_of(storage: Storage, state: State) -> Layers:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import duckdb
 
 from behavior_pipeline.ingest.arrivals import CHANGES_FILE, Arrival
-from behavior_pipeline.sql import fetch_one, file_list
+from behavior_pipeline.sql import fetch_one, parquet
 
 MAX_TOUCHED_SHARE: Final = 0.2
 """A night that touches a larger share of the users rebuilds everybody: that is then cheaper."""
@@ -95,7 +95,7 @@ def find_touched(
     files = [arrival.folder / CHANGES_FILE for arrival in _changed(state, arrivals)]
     changes = "SELECT NULL::VARCHAR AS user_id LIMIT 0"
     if files:
-        changes = f"FROM read_parquet({file_list(files)}, hive_partitioning = false)"
+        changes = f"FROM {parquet(files)}"
     between = (
         "SELECT user_id FROM main.user_days WHERE "
         "activity_date >= least($before::DATE, $now::DATE) "

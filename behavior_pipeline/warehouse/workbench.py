@@ -17,7 +17,7 @@ import duckdb
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.arrivals import VERSIONS_FILE, Arrival
 from behavior_pipeline.layers import Layers
-from behavior_pipeline.sql import fetch_one, file_list, quote_identifier, quote_text
+from behavior_pipeline.sql import fetch_one, parquet, quote_identifier, quote_text
 from behavior_pipeline.warehouse.plan import DataTest, Model, Plan
 from behavior_pipeline.warehouse.variables import written_cutoff
 from behavior_pipeline.windows import EvaluationWindows
@@ -56,7 +56,7 @@ class Workbench:
 
     def set_night(self, arrivals: Sequence[Arrival], windows: EvaluationWindows) -> None:
         """Lay out the sources that are the same for everybody."""
-        versions = file_list(arrival.folder / VERSIONS_FILE for arrival in arrivals)
+        versions = parquet(arrival.folder / VERSIONS_FILE for arrival in arrivals)
         # A version counts only while the load that it was seen in does.
         self.connection.execute(
             "CREATE OR REPLACE TEMP TABLE loads (arrival VARCHAR, load_id VARCHAR)"
@@ -66,7 +66,7 @@ class Workbench:
         )
         self.connection.execute(
             "CREATE OR REPLACE TABLE pipeline.event_versions AS SELECT versions.* "
-            f"FROM read_parquet({versions}, hive_partitioning = false) AS versions "
+            f"FROM {versions} AS versions "
             "SEMI JOIN loads USING (arrival, load_id)"
         )
         cutoffs = ", ".join(
@@ -82,8 +82,7 @@ class Workbench:
         """Lay out the canonical events that the next models see."""
         self.connection.execute(
             "CREATE OR REPLACE VIEW pipeline.canonical_events AS SELECT * FROM "
-            f"read_parquet({file_list(files)}, hive_partitioning = true, "
-            f"hive_types_autocast = false) WHERE {condition}"
+            f"{parquet(files, with_folders=True)} WHERE {condition}"
         )
 
     def set_scope(self, name: str, relation: str) -> None:
@@ -141,8 +140,7 @@ class Workbench:
     def replace_users(self, model: Model, users: str) -> None:
         """Put the rows of the users in scope in place of those that they had."""
         self.connection.execute(
-            f"DELETE FROM {self.table(model)} "
-            f"WHERE user_id IN (SELECT user_id FROM {users})"
+            f"DELETE FROM {self.table(model)} WHERE user_id IN (SELECT user_id FROM {users})"
         )
         self.insert_users(model)
 
@@ -181,10 +179,8 @@ class Workbench:
         Window functions leave each user's rows together and in order, and an ordered write keeps
         them so; sorting whole users too would cost a third more and serve nobody.
         """
-        columns = ", ".join(
-            f"CAST({quote_identifier(column.name)} AS {column.type}) AS {quote_identifier(column.name)}"
-            for column in model.columns
-        )
+        names = [(quote_identifier(column.name), column.type) for column in model.columns]
+        columns = ", ".join(f"CAST({name} AS {type_}) AS {name}" for name, type_ in names)
         self._run(
             model,
             f"SET preserve_insertion_order = true; COPY (SELECT {columns} FROM ({model.sql})) "
@@ -197,7 +193,8 @@ class Workbench:
         """Make the view of all sessionized events."""
         columns = ", ".join(quote_identifier(column.name) for column in model.columns)
         self.connection.execute(
-            f"CREATE OR REPLACE VIEW {self.table(model)} AS SELECT {columns} FROM ({layers.relation()})"
+            f"CREATE OR REPLACE VIEW {self.table(model)} AS "
+            f"SELECT {columns} FROM ({layers.relation()})"
         )
         self._describe(model, is_view=True)
 

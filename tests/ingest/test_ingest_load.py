@@ -309,9 +309,7 @@ def test_an_empty_file_is_a_day_without_events(
     write_rows(tmp_path / "2024-01-06.parquet", [])
     for day in (5, 6):
         path = str(tmp_path / "{date}.*")
-        summary = load(
-            path, storage, settings, arrival=f"2024-01-0{day}", day=date(2024, 1, day)
-        )
+        summary = load(path, storage, settings, arrival=f"2024-01-0{day}", day=date(2024, 1, day))
         assert (summary.num_read, summary.num_stored, summary.num_users_touched) == (0, 0, 0)
     assert len(events(storage)) == len(ROWS)
     assert events_span(storage).known_through == datetime(2024, 1, 7, tzinfo=UTC)

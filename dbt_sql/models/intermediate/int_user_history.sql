@@ -33,8 +33,9 @@ final as (
         ] %}
         cast(sum({{ column }}) as bigint) as {{ column }},
         {%- endfor %}
-        cast(coalesce(sum(num_events) filter (where {{ is_weekend('activity_date') }}), 0) as bigint)
-            as num_weekend_events,
+        cast(
+            coalesce(sum(num_events) filter (where {{ is_weekend('activity_date') }}), 0) as bigint
+        ) as num_weekend_events,
         count(*) as num_active_days,
         sum(amount) as amount,
         coalesce(max(max_amount), 0) as max_amount,

@@ -28,7 +28,8 @@ user_diversity as (
 
 night as (
 
-    select * from cutoffs where is_night_cutoff
+    select * from cutoffs
+    where is_night_cutoff
 
 ),
 

@@ -35,14 +35,17 @@ days as (
         cast(count(*) as integer) as num_events,
         cast(count(*) filter (where is_qualifying) as integer) as num_qualifying_events,
         cast(count(*) filter (where is_session_start) as integer) as num_sessions,
-        cast(count(*) filter (where hour_of_day < 6 or hour_of_day >= 22) as integer) as num_night_events,
+        cast(
+            count(*) filter (where hour_of_day < 6 or hour_of_day >= 22) as integer
+        ) as num_night_events,
         coalesce(sum(amount), 0) as amount,
         coalesce(sum(amount) filter (where is_qualifying), 0) as qualifying_amount,
         max(amount) as max_amount,
         cast(count(amount) as integer) as num_amounts,
         cast(coalesce(sum(exact_gap_seconds), 0) as decimal(18, 6)) as gap_seconds,
         cast(
-            coalesce(sum(exact_gap_seconds) filter (where not is_session_start), 0) as decimal(18, 6)
+            coalesce(sum(exact_gap_seconds) filter (where not is_session_start), 0)
+            as decimal(18, 6)
         ) as session_seconds,
         coalesce(max(exact_gap_seconds), 0) as max_gap_seconds,
         coalesce(arg_max(exact_gap_seconds, event_number), 0) as last_gap_seconds,
