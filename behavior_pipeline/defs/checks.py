@@ -31,7 +31,7 @@ from behavior_pipeline.ingest.arrivals import (
     load_document,
 )
 from behavior_pipeline.layers import read_layers
-from behavior_pipeline.sequences.reading import count_users
+from behavior_pipeline.sequences.reading import count_users, latest_event_at
 from behavior_pipeline.storage import Storage, read_json
 
 MARTS = (USER_RFM, LABELS, PROPENSITY_TARGETS, PROPENSITY_LABELS)
@@ -76,7 +76,7 @@ def are_tokens_before_the_cutoff(
     night = Night(context, pipeline)
     storage = night.pipeline.storage
     latest = {
-        f"{cutoff:%Y-%m-%d}": _latest(storage.sequences(cutoff), "last_event_at")
+        f"{cutoff:%Y-%m-%d}": latest_event_at(storage.sequences(cutoff))
         for cutoff in night.windows.cutoffs
     }
     return _are_before(latest)

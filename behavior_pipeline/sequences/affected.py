@@ -96,8 +96,8 @@ def _best(layers: Layers, wanted: Mapping[str, Any], earlier: Sequence[Path]) ->
 
 def _will_do(layers: Layers, wanted: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
     """Tell whether the users changed since a folder was written are known, under the same ids."""
-    same = ("vocabulary_id", "max_events")
-    return all(manifest[name] == wanted[name] for name in same) and (
+    same = ("vocabulary_id", "max_events", "base")
+    return all(manifest.get(name) == wanted[name] for name in same) and (
         layers.users_files(manifest["version"]) is not None
     )
 

@@ -83,6 +83,7 @@ class _Work:
             "cutoff": self.cutoff.isoformat(),
             "vocabulary_id": self.vocabulary.vocabulary_id,
             "max_events": self.max_events,
+            "base": self.layers.base.id,
             "version": self.layers.version,
             "num_users": num_users,
         }

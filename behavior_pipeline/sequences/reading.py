@@ -7,7 +7,7 @@ user without an event left has `num_events` -1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -51,25 +51,48 @@ def count_users(folder: Path) -> int:
     return sum(pq.read_metadata(file).num_rows for file in sequence_files(folder))
 
 
-def read_bucket(file: Path, chunk_users: int) -> Iterator[pa.Table]:
+def latest_event_at(folder: Path) -> datetime | None:
+    """Return the time of the latest event behind a folder's tokens, None without any.
+
+    Rows of users who were tokenized anew do not count: a later night may have left them.
+
+    Raises:
+        PipelineError: if there are no files.
+    """
+    latest: datetime | None = None
+    for file in sequence_files(folder):
+        for chunk in read_bucket(file, _MANY_USERS, ("user_id", "num_events", "last_event_at")):
+            times = [pc.max(chunk["last_event_at"]).as_py(), latest]
+            latest = max((time for time in times if time is not None), default=None)
+    return latest
+
+
+_MANY_USERS: Final = 1_000_000  # rows without lists are small
+
+
+def read_bucket(
+    file: Path, chunk_users: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
     """Yield a bucket's users in order of `user_id`, so many of the base at a time.
 
     Every row is as of the folder's cutoff, also those that were tokenized at an earlier one and
-    have no event since.
+    have no event since. All columns, or some with `user_id` and `num_events` among them.
     """
     cutoff = _cutoff(file.parent)
-    touched = _newest(touched_files(file))
-    for chunk in _merged(file, touched, chunk_users):
+    touched = _newest(touched_files(file), columns)
+    for chunk in _merged(file, touched, chunk_users, columns):
         table = chunk.filter(pc.field("num_events") >= 0) if touched is not None else chunk
         if len(table):
             yield _as_of(table, cutoff)
 
 
-def _merged(file: Path, touched: pa.Table | None, chunk_users: int) -> Iterator[pa.Table]:
+def _merged(
+    file: Path, touched: pa.Table | None, chunk_users: int, columns: Sequence[str] | None
+) -> Iterator[pa.Table]:
     """Yield the base with the touched users in place of theirs; both are in order of users."""
     taken = 0
     with pq.ParquetFile(file) as source:
-        for batch in source.iter_batches(batch_size=chunk_users):
+        for batch in source.iter_batches(batch_size=chunk_users, columns=columns):
             chunk = pa.Table.from_batches([batch])
             if touched is None:
                 yield chunk
@@ -84,11 +107,11 @@ def _merged(file: Path, touched: pa.Table | None, chunk_users: int) -> Iterator[
         yield touched.slice(taken)
 
 
-def _newest(files: list[Path]) -> pa.Table | None:
+def _newest(files: list[Path], columns: Sequence[str] | None) -> pa.Table | None:
     """Return the touched users of a bucket in order, each from the newest file that has it."""
     newest: pa.Table | None = None
     for file in files:
-        table = pq.ParquetFile(file).read()
+        table = pq.ParquetFile(file).read(columns)
         if newest is not None:
             older = newest.filter(
                 pc.invert(pc.is_in(newest["user_id"], value_set=table["user_id"]))
@@ -106,9 +129,9 @@ def _cutoff(folder: Path) -> datetime | None:
 
 def _as_of(table: pa.Table, cutoff: datetime | None) -> pa.Table:
     """Put the cutoff into every row."""
-    if cutoff is None:
-        return table
     place = table.schema.get_field_index("observation_cutoff")
+    if cutoff is None or place < 0:
+        return table
     type_ = SEQUENCES.schema.field("observation_cutoff").type
     column = pa.repeat(pa.scalar(cutoff, type_), len(table))
     return table.set_column(place, SEQUENCES.schema.field("observation_cutoff"), column)

@@ -21,6 +21,7 @@ from downstream_builders import (
     write_vectors,
 )
 from rich.console import Console
+from sequence_builders import events_frame, write_events_sessionized
 
 from behavior_pipeline.contracts import COLD_START_USER, LABELS
 from behavior_pipeline.downstream.comparison import compare, headline
@@ -256,30 +257,18 @@ def test_a_random_vector_depends_on_user_cutoff_and_seed_alone() -> None:
 def test_most_recent_type_is_read_from_the_events_before_the_cutoff(tmp_path: Path) -> None:
     storage = Storage(tmp_path / "home")
     write_home(storage, num_users=60)
-    for number in range(60):
-        write_event_bucket(storage, number)
+    types = {("b", TRAIN): "cart", ("a", TRAIN): "view", ("c", TEST): "purchase"}
+    events = [
+        {"user_id": f"user-{number:05d}", "event_id": name, "event_type": type_, "occurred_at": at}
+        for number in range(60)
+        for (name, at), type_ in types.items()
+    ]  # each one's last event before the cutoff is a cart: ties go to the last event id
+    write_events_sessionized(storage, events_frame(events))
     naive = compare(storage, small_settings(), preset(), WINDOWS)["naive"]
     recent = {row["metric"]: row["value"] for row in naive if row["predictor"] == "most_recent"}
     labels = pq.read_table(storage.marts(TEST) / "labels.parquet").to_pylist()
     actual = [row["next_event_type"] for row in labels if row["next_event_type"]]
     assert recent["accuracy"] == pytest.approx(actual.count("cart") / len(actual), abs=1e-6)
-
-
-def write_event_bucket(storage: Storage, number: int) -> None:
-    """One user whose last event before the cutoff is a cart: ties go to the last event id."""
-    folder = storage.events_sessionized / f"user_bucket={number}"
-    folder.mkdir(parents=True)
-    before = TRAIN
-    table = pa.table(
-        {
-            "user_id": [f"user-{number:05d}"] * 3,
-            "event_id": ["b", "a", "c"],
-            "event_type": ["cart", "view", "purchase"],
-            "occurred_at": pa.array([before, before, TEST], pa.timestamp("us", tz="UTC")),
-            "user_bucket": pa.array([number] * 3, pa.int32()),
-        }
-    )
-    pq.write_table(table, folder / "events.parquet")
 
 
 def text_of(comparison: dict) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sequence_builders import CUTOFF, event
+from sequence_builders import CUTOFF, add_layer, event, events_frame
 from sequence_checkpoints import TRAINED_THROUGH, Home, history
 
 from behavior_pipeline.contracts import COLD_START_USER, embedding_schema
@@ -24,6 +24,7 @@ from behavior_pipeline.embeddings.inference import (
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, save_checkpoint
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.sequences.files import sequence_files, write_sequences
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
 
@@ -71,7 +72,10 @@ def test_every_user_gets_one_row_under_the_contract(home: Home):
     sequences = home.tokenize([*ROWS, *COLD], TONIGHT)
     summary = embed(home, TONIGHT)
     folder = home.storage.embeddings(TONIGHT)
-    for path in sorted(sequences.iterdir()):
+    files = sequence_files(sequences)
+    names = {PRIOR_FILE, *(path.name for path in files)}
+    assert {path.name for path in folder.glob("*.parquet")} == names
+    for path in files:
         users = pq.read_table(folder / path.name)["user_id"].to_pylist()
         assert users == sorted(users)
         assert users == pq.read_table(path)["user_id"].to_pylist()
@@ -87,6 +91,26 @@ def test_every_user_gets_one_row_under_the_contract(home: Home):
     assert (summary.num_users, summary.num_cold_start, summary.num_reused_states) == (13, 1, 0)
     assert summary.checkpoint_id == home.checkpoint.name
     assert summary.events_per_second > 0
+
+
+def test_a_folder_that_was_completed_gives_what_a_fresh_one_gives(home: Home):
+    """Users tokenized anew stand beside the linked files, one of them has no event any more."""
+    home.tokenize([*ROWS, *COLD], TONIGHT)
+    touched = {"u01", "u02"}
+    late = event("u01", 470, "late", item_id="i1", category="c1")
+    left = [*[row for row in ROWS if row["user_id"] != "u02"], *COLD, late]
+    add_layer(home.storage, events_frame(left), touched)
+    folder = home.storage.sequences(TOMORROW)
+    earlier = [home.storage.sequences(TONIGHT)]
+    arguments = (home.storage, home.settings, home.vocabulary, TOMORROW, folder)
+    assert write_sequences(*arguments, earlier=earlier).num_tokenized_users == 1
+    completed = embed(home, TOMORROW)
+    expected = read(home.storage.embeddings(TOMORROW))
+    write_sequences(*arguments)
+    fresh = embed(home, TOMORROW)
+    assert read(home.storage.embeddings(TOMORROW)).equals(expected)
+    assert completed.num_users == fresh.num_users == len(expected) - 1
+    assert "u02" not in expected["user_id"].to_pylist()
 
 
 def test_embeddings_equal_the_encoder_on_one_user_without_padding(home: Home):
