@@ -3,9 +3,9 @@
     python benchmarks/warehouse.py [--events N] [--path-events N] [--folder DIR]
 
 At `--events` (50 M): everything from canonical events to tables, and token sequences, beside
-DuckDB's `COPY (SELECT * … ORDER BY user_id, occurred_at)` of the same files; the same tables in pandas on
-a slice of 2 M events; nights that touch .1 to 10 % of the users beside building everybody. At
-`--path-events` (169 M): the whole path from raw Parquet in a process of its own, with the memory of
+DuckDB's `COPY (SELECT * … ORDER BY user_id, occurred_at)` of the same files; the same tables in
+pandas on a slice of 2 M events; nights that touch .1 to 10 % of the users beside building
+everybody. At `--path-events` (169 M): the whole path from raw Parquet in a process of its own, with the memory of
 its process tree. Simulated events are kept in `--folder` for the next run.
 """
 

@@ -228,7 +228,8 @@ def _find_frequent(connection: duckdb.DuckDBPyConnection) -> None:
     for share in range(shares):
         connection.execute(
             "INSERT INTO suspects SELECT id_hash "
-            f"FROM (SELECT hash(event_id) AS id_hash FROM {ids}) WHERE id_hash % {shares} = {share} "
+            f"FROM (SELECT hash(event_id) AS id_hash FROM {ids}) "
+            f"WHERE id_hash % {shares} = {share} "
             "GROUP BY id_hash HAVING count(*) > 1"
         )
     is_suspect = "hash(event_id) IN (FROM suspects)" if _count(connection, "suspects") else "false"
