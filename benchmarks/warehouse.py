@@ -5,8 +5,8 @@
 At `--events` (50 M): everything from canonical events to tables, and token sequences, beside
 DuckDB's `COPY (SELECT * … ORDER BY user_id, occurred_at)` of the same files; the same tables in
 pandas on a slice of 2 M events; nights that touch .1 to 10 % of the users beside building
-everybody. At `--path-events` (169 M): the whole path from raw Parquet in a process of its own, with the memory of
-its process tree. Simulated events are kept in `--folder` for the next run.
+everybody. At `--path-events` (169 M): the whole path from raw Parquet in a process of its own,
+with the memory of its process tree. Simulated events are kept in `--folder` for the next run.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         home = _home(folder, options.events, num_buckets=8)
         lines, full_seconds = _everybody(home)
-        lines.append(_pandas(home))
-        lines += _nights(home, full_seconds)
+        _show(lines)
+        for more in ([_pandas(home)], _nights(home, full_seconds)):
+            _show(more)
+            lines += more
         lines += _path(folder, options.path_events)
         publish("warehouse", lines)
 
@@ -101,6 +103,12 @@ def _options() -> argparse.Namespace:
 def _say(text: str) -> None:
     """Tell how far the benchmark is, apart from its figures."""
     print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def _show(lines: list[dict[str, object]]) -> None:
+    """Tell figures as they come; all of them are printed at the end."""
+    for line in lines:
+        _say(f"{line['figure']} {line['value']} {line['unit']}, ratio {line.get('ratio', '-')}")
 
 
 def _home(folder: Path, events: int, num_buckets: int) -> Home:
