@@ -10,7 +10,8 @@ from behavior_pipeline.definitions import defs
 GROUPS = {
     "ingest": {"raw_events", "historical_events", "arrived_events"},
     "warehouse": {
-        "stg_events", "int_event_gaps", "int_observation_cutoffs", "int_session_starts",
+        "stg_events", "int_event_gaps", "int_event_versions", "int_observation_cutoffs",
+        "int_session_starts", "int_user_diversity", "int_user_history", "int_user_target_days",
         "events_sessionized", "sessions", "user_days", "user_rfm", "user_aggregates", "labels",
         "propensity_targets", "propensity_labels", "daily_activity", "rfm_segments",
         "session_funnel", "user_overview", "marts", "analytics_database",
@@ -33,6 +34,26 @@ BLOCKING = {
 ALARMS = {  # these warn and let the night go on
     ("comparison", "is_embedding_above_random"), ("sequences", "are_event_types_known"),
 }  # fmt: skip
+DATA_TESTS = {  # of dbt, held against what a night has built
+    ("daily_activity", "daily_activity_has_one_row_per_day_and_type"),
+    ("events_sessionized", "events_sessionized_gaps_are_not_negative"),
+    ("events_sessionized", "events_sessionized_lie_in_their_session"),
+    ("events_sessionized", "events_sessionized_name_who_and_what"),
+    ("int_event_versions", "event_versions_have_one_row_per_event_and_arrival"),
+    ("int_observation_cutoffs", "cutoffs_are_midnights"),
+    ("int_user_diversity", "user_diversity_has_one_row_per_user"),
+    ("int_user_history", "user_history_has_one_row_per_user"),
+    ("labels", "labels_have_one_row_per_cutoff_and_user"),
+    ("propensity_labels", "propensity_labels_have_one_row_per_cutoff_target_and_user"),
+    ("propensity_targets", "propensity_targets_are_distinct"),
+    ("sessions", "sessions_do_not_end_before_they_start"),
+    ("sessions", "sessions_have_one_row_per_user_and_start"),
+    ("user_aggregates", "user_aggregates_have_one_row_per_cutoff_and_user"),
+    ("user_aggregates", "user_aggregates_windows_nest"),
+    ("user_days", "user_days_have_one_row_per_user_and_day"),
+    ("user_rfm", "user_rfm_has_one_row_per_cutoff_and_user"),
+    ("user_rfm", "user_rfm_knows_nothing_after_the_cutoff"),
+}
 DRIFT = {  # blocking only for what is documented as blocking
     ("historical_events", "is_source_schema_as_known"),
     ("arrived_events", "is_source_schema_as_known"),
@@ -95,6 +116,29 @@ def test_leaks_and_holes_are_held_back(loaded: dg.Definitions) -> None:
         if graph.get_check_spec(key).blocking and key.name in BLOCKING
     }
     assert blocking == BLOCKING
+
+
+def test_dbts_data_tests_hold_a_night_back(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    in_warehouse = {
+        key for key in graph.asset_check_keys if graph.get(key.asset_key).group_name == "warehouse"
+    }
+    found = {(key.asset_key.to_user_string(), key.name) for key in in_warehouse}
+    marts = {("marts", "are_features_before_the_cutoff"), ("marts", "are_schemas_as_agreed")}
+    assert found == DATA_TESTS | marts
+    assert all(graph.get_check_spec(key).blocking for key in in_warehouse)
+
+
+def test_all_models_are_one_step_that_needs_what_arrived(loaded: dg.Definitions) -> None:
+    graph = loaded.resolve_asset_graph()
+    models = GROUPS["warehouse"] - {"marts", "analytics_database"}
+    node = graph.get(dg.AssetKey("user_rfm"))
+    assert {key.to_user_string() for key in node.execution_set_asset_keys} == models
+    assert dg.AssetKey("arrived_events") in graph.get(dg.AssetKey("stg_events")).parent_keys
+    assert graph.get(dg.AssetKey("user_aggregates")).parent_keys >= {
+        dg.AssetKey("int_user_diversity"), dg.AssetKey("int_user_history"),
+    }  # fmt: skip
+    assert set(loaded.resources or {}) == {"pipeline"}
 
 
 def test_drift_is_looked_for_in_every_load_and_every_night(loaded: dg.Definitions) -> None:

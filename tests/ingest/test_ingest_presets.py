@@ -10,6 +10,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import (
     ColumnMapping,
     Columns,
+    DeletionMapping,
     Preset,
     Tasks,
     TimeMapping,
@@ -104,7 +105,7 @@ def test_the_examples_of_the_document_are_presets() -> None:
 
 
 def test_the_document_names_every_key_and_reason() -> None:
-    for model in (Preset, Tasks, Columns, ColumnMapping, TimeMapping):
+    for model in (Preset, Tasks, Columns, ColumnMapping, TimeMapping, DeletionMapping):
         for key in model.model_fields:
             assert re.search(rf"`(tasks\.)?{key}\b", DOCUMENT), key
     mapping = load_preset("rees46").columns.model_copy(
@@ -119,6 +120,37 @@ def test_the_document_names_every_key_and_reason() -> None:
 def test_an_unknown_key_is_named() -> None:
     with pytest.raises(PipelineError, match=r"columns\.color"):
         parse_preset(EXAMPLES[0].replace("  context:", "  color:"), "my.yaml")
+
+
+TOMBSTONES = EXAMPLES[0].replace(
+    "  user_id:", "  is_deleted: {column: op, values: [D]}\n  user_id:"
+)
+
+
+def test_tombstones_are_mapped() -> None:
+    mapping = parse_preset(TOMBSTONES, "my.yaml").columns.is_deleted
+    assert mapping == DeletionMapping(column="op", values=("D",))
+    plain = parse_preset(TOMBSTONES.replace(", values: [D]", ""), "my.yaml").columns.is_deleted
+    assert plain == DeletionMapping(column="op", values=("true", "t", "1", "yes"))
+    short = parse_preset(TOMBSTONES.replace("{column: op, values: [D]}", "op"), "my.yaml")
+    assert short.columns.is_deleted == plain
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  event_id: uuid", "  # uuid", r"'columns'.*is_deleted needs event_id"),
+        ("values: [D]", "values: []", r"columns\.is_deleted\.values"),
+        ("column: op, ", "", r"columns\.is_deleted\.column"),
+        ("values: [D]", "equals: D", r"columns\.is_deleted\.equals"),
+    ],
+)
+def test_a_mapping_of_tombstones_that_cannot_work_is_named(
+    old: str, new: str, message: str
+) -> None:
+    assert old in TOMBSTONES
+    with pytest.raises(PipelineError, match=message):
+        parse_preset(TOMBSTONES.replace(old, new), "my.yaml")
 
 
 def test_a_preset_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
