@@ -115,8 +115,8 @@ def new_load(
     write_json(storage.events / "layout.json", {"num_buckets": num_buckets})
     write_json(
         folder.parent / "load.json",
-        {"arrival": arrival, "load_id": "given", "events_id": "given", "is_bucketed": False,
-         "changes_everything": True, "num_stored": num_stored, "num_known": 0,
+        {"arrival": arrival, "load_id": "given", "content_id": "given", "events_id": "given",
+         "is_bucketed": False, "changes_everything": True, "num_stored": num_stored, "num_known": 0,
          "first_event_at": min(times, default=None), "last_event_at": max(times, default=None)},
     )  # fmt: skip
     return folder

@@ -89,7 +89,8 @@ class Arrival:
 
     Attributes:
         key: `history`, or `YYYY-MM-DD`.
-        load_id: hash of the content.
+        load_id: hash of the content and of the load before it, so no two loads share it.
+        content_id: hash of the content: events, deletions and quarantined rows.
         events_id: hash of its events and deletions alone.
         folder: holds the files of the load.
         is_bucketed: whether there is a file per bucket of users instead of one for all.
@@ -98,6 +99,7 @@ class Arrival:
 
     key: str
     load_id: str
+    content_id: str
     events_id: str
     folder: Path
     is_bucketed: bool
@@ -158,6 +160,7 @@ def find_arrival(storage: Storage, arrival: str) -> Arrival | None:
     return Arrival(
         arrival,
         document["load_id"],
+        document["content_id"],
         document["events_id"],
         folder,
         document["is_bucketed"],

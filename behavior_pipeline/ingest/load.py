@@ -214,8 +214,8 @@ def _settle(
     """Write the arrival if it says anything new; return what is recorded of it."""
     events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
     rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
-    load_id = hashlib.sha256(f"{events_id} {rejected}".encode()).hexdigest()[:16]
-    if load.own is not None and load.own.load_id == load_id:
+    content_id = _digest(events_id, rejected)
+    if load.own is not None and load.own.content_id == content_id:
         return replace(read_summary(load.storage, load.arrival), drift=drift.lines)
     find_versions(connection, other_arrivals(load.storage, load.arrival), load.own)
     is_everything = bool(staged.files) and changes_everything(connection, load.own)
@@ -226,8 +226,11 @@ def _settle(
     summary = summarize(connection, staged.num_read, load.arrival, is_everything=is_everything)
     report(3, _NUM_STEPS, "writing")
     is_same = load.own is not None and load.own.events_id == events_id
+    # An arrival that says again what it said before is a load of its own: others came between.
+    load_id = _digest(content_id, load.own.load_id if load.own else "")
     _write(connection, load, load_id, staged, has_same_events=is_same)
     document = {
+        "content_id": content_id,
         "events_id": events_id,
         "is_bucketed": bool(staged.files),
         "num_buckets": load.num_buckets,
@@ -238,6 +241,11 @@ def _settle(
     summary = replace(summary, drift=drift.lines)
     commit_load(load.storage, load.arrival, load_id, summary, document)
     return summary
+
+
+def _digest(*texts: str) -> str:
+    """Return a hash of some texts."""
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
 
 def _content_id(connection: duckdb.DuckDBPyConnection, **relations: Sequence[str]) -> str:

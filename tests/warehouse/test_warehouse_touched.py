@@ -236,7 +236,7 @@ def test_the_old_base_stays_for_one_build(home: Home) -> None:
 STATE = State(
     "f", {"history": "a"}, "2024-03-21 00:00:00+00", 9, {"layers": [], "base": {}, "num_buckets": 1}
 )
-LOADED = Arrival("history", "a", "a", Path(), is_bucketed=False, changes_everything=True)
+LOADED = Arrival("history", "a", "a", "a", Path(), is_bucketed=False, changes_everything=True)
 BULK = replace(LOADED, load_id="b")
 NEW = replace(LOADED, key=NIGHT, changes_everything=False)
 
