@@ -225,14 +225,14 @@ def _settle(
         find_changes(connection, load.arrival)
     summary = summarize(connection, staged.num_read, load.arrival, is_everything=is_everything)
     report(3, _NUM_STEPS, "writing")
-    is_same = load.own is not None and load.own.events_id == events_id
+    same = load.own if load.own is not None and load.own.events_id == events_id else None
     # An arrival that says again what it said before is a load of its own: others came between.
     load_id = _digest(content_id, load.own.load_id if load.own else "")
-    _write(connection, load, load_id, staged, has_same_events=is_same)
+    _write(connection, load, load_id, staged, same)
     document = {
         "content_id": content_id,
         "events_id": events_id,
-        "is_bucketed": bool(staged.files),
+        "is_bucketed": same.is_bucketed if same else bool(staged.files),
         "num_buckets": load.num_buckets,
         "changes_everything": is_everything
         or (load.own is not None and load.own.changes_everything),
@@ -265,10 +265,12 @@ def _write(
     load: _Load,
     load_id: str,
     staged: Staged,
-    *,
-    has_same_events: bool,
+    same: Arrival | None,
 ) -> None:
-    """Write the files of a load: quarantine first, then what `load.json` will point to."""
+    """Write the files of a load: quarantine first, then what `load.json` will point to.
+
+    If the load before it has the `same` events, its files are kept.
+    """
     quarantine = arrival_folder(load.storage.quarantine, load.arrival) / f"load={load_id}"
     with writing_folder(quarantine) as folder:
         _write_quarantine(connection, folder / QUARANTINE_FILE, load.ingested_at)
@@ -277,8 +279,8 @@ def _write(
         write_versions(connection, load.arrival, load_id, folder)
         write_changes(connection, load.own, folder)
         write_deletions(connection, folder)
-        if has_same_events and load.own is not None:  # and so keep the time at which they came
-            for file in load.own.event_files():
+        if same is not None:  # and so keep the time at which they came
+            for file in same.event_files():
                 (folder / file.name).hardlink_to(file)
         else:
             _write_events(connection, staged, folder)
