@@ -35,6 +35,7 @@ from behavior_pipeline.windows import EvaluationWindows, cutoff_of, default_cuto
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 POLL_SECONDS = 0.5
 PRETRAINING = "pretraining"  # the job that works on what is loaded already
+MISTAKES = {kind.__name__ for kind in (PipelineError, *PipelineError.__subclasses__())}
 BLOCKED = "DagsterAssetCheckFailedError"  # a class that Dagster does not export
 
 PID_TAG = ".dagster/behavior_pipeline_pid"  # tags of this prefix are hidden in the UI
@@ -217,7 +218,7 @@ def _raise_cause(result: dg.ExecuteInProcessResult) -> None:
         error = event.step_failure_data.error
         while error is not None and error.cause is not None:
             error = error.cause
-        if error is not None and error.cls_name == PipelineError.__name__:
+        if error is not None and error.cls_name in MISTAKES:
             raise PipelineError(error.message.split(": ", 1)[-1].strip())
         if error is not None and error.cls_name == BLOCKED:
             break  # the check's own line has said what it found

@@ -19,6 +19,7 @@ from figures import figure, publish, seconds_of
 from behavior_pipeline.ingest.load import HISTORY, load_arrival
 from behavior_pipeline.ingest.presets import load_preset
 from behavior_pipeline.ingest.simulator import simulate
+from behavior_pipeline.layers import read_layers
 from behavior_pipeline.sequences.files import write_sequences
 from behavior_pipeline.sequences.vocabulary import Vocabulary, build_vocabulary
 from behavior_pipeline.settings import Settings, load_settings
@@ -92,7 +93,8 @@ def _tokenizing(storage: Storage, settings: Settings, vocabulary: Vocabulary) ->
         write_sequences(storage, settings, vocabulary, CUTOFF, folder)
 
     def pandas() -> None:
-        events = pd.read_parquet(storage.events_sessionized)
+        files = read_layers(storage.events_sessionized).base_files()
+        events = pd.concat(pd.read_parquet(file) for file in files)
         events = events[events["occurred_at"] < CUTOFF]
         events = events.sort_values(["user_id", "occurred_at", "event_id"])
         tokens = {

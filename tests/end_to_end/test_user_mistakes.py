@@ -111,7 +111,7 @@ def test_a_spoilt_source_is_explained(
 ) -> None:
     spoil(folder)
     assert_explained(run(), words)
-    assert not list((folder / "data").rglob("events.parquet"))
+    assert not list((folder / "data").rglob("events*.parquet"))
 
 
 @pytest.mark.parametrize(

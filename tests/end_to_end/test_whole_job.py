@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import duckdb
@@ -160,21 +162,32 @@ def test_nothing_on_disk_is_readable_by_others(finished: FinishedRun) -> None:
     assert list(home.rglob("*.aside")) == []
 
 
+def loaded_history(finished: FinishedRun) -> tuple[dict[str, Any], list[Path]]:
+    """Return what is recorded of the history, and the files of events under it."""
+    folder = finished.storage.events / "arrival=history"
+    recorded = read_json(folder / "load.json")
+    files = sorted(folder.rglob("events*.parquet"))
+    assert [file.parent.name for file in files] == [f"load={recorded['load_id']}"]
+    return recorded, files
+
+
 def test_every_row_read_is_an_event_or_in_quarantine(finished: FinishedRun) -> None:
-    recorded = read_json(finished.storage.events / "arrival=history" / "load.json")
+    recorded, (events_file,) = loaded_history(finished)
     raw = ds.dataset(finished.storage.raw / "simulated", exclude_invalid_files=True).count_rows()
-    events = ds.dataset(finished.storage.events / "arrival=history" / "events.parquet").count_rows()
-    broken = ds.dataset(
-        finished.storage.quarantine / "arrival=history" / "quarantine.parquet"
-    ).count_rows()
+    events = ds.dataset(events_file).count_rows()
+    load = f"load={recorded['load_id']}"
+    quarantine = finished.storage.quarantine / "arrival=history" / load / "quarantine.parquet"
+    broken = ds.dataset(quarantine).count_rows()
     assert recorded["num_read"] == raw == events + broken
     assert broken > 0
 
 
 def test_a_second_run_finds_its_work_done_and_says_the_same(finished: FinishedRun) -> None:
     before = (finished.report_folder / "comparison.json").read_bytes()
-    events = (finished.storage.events / "arrival=history" / "events.parquet").read_bytes()
+    recorded, (events_file,) = loaded_history(finished)
+    events = events_file.read_bytes()
     again = finished.installation.run("run")
     assert again.returncode == 0, again.stdout + again.stderr
     assert (finished.report_folder / "comparison.json").read_bytes() == before
-    assert (finished.storage.events / "arrival=history" / "events.parquet").read_bytes() == events
+    assert loaded_history(finished) == (recorded, [events_file])
+    assert events_file.read_bytes() == events
