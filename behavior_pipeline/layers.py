@@ -15,6 +15,7 @@ the version before is not disturbed.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -147,12 +148,12 @@ def point_to_layers(layers: Layers) -> None:
         write_json(current, layers.document())
 
 
-def remove_unused(layers: Layers, before: Layers | None) -> None:
-    """Remove folders that neither this version nor the one before it points to.
+def remove_unused(layers: Layers, before: Layers | None, read: AbstractSet[str]) -> None:
+    """Remove folders that neither this version nor the one before it points to, nor a reader needs.
 
     The one before stays for a build, for those who are reading it.
     """
-    used = layers.folder_names | (before.folder_names if before else set())
+    used = layers.folder_names | (before.folder_names if before else set()) | read
     for folder in layers.folder.glob("*=*"):
         if folder.name not in used:
             shutil.rmtree(folder, ignore_errors=True)

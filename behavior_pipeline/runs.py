@@ -1,12 +1,12 @@
 """Starting Dagster's jobs from the command line, so that their runs show in the UI.
 
-A run executes in this process. One run at a time works in a source's home; what a killed run left
-behind is cleaned up by the next one.
+A run of the command line executes in this process; one of the page or its daemon in a process of
+its own (see run_launcher.py). One run at a time works in a source's home (see holding.py).
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psutil
 from rich.console import Console
 
 from behavior_pipeline.encoder.live import checkpoint_folder
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.holding import holding
 from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
+from behavior_pipeline.run_launcher import close_dead_runs, process_tags
 from behavior_pipeline.settings import SETTINGS_FILE, Settings, load_settings
-from behavior_pipeline.storage import Storage, make_private_folder, remove_leftovers
+from behavior_pipeline.storage import make_private_folder
 from behavior_pipeline.terminal import Terminal, set_active
 from behavior_pipeline.windows import EvaluationWindows, cutoff_of, default_cutoff, partition_of
 
@@ -37,9 +38,6 @@ POLL_SECONDS = 0.5
 PRETRAINING = "pretraining"  # the job that works on what is loaded already
 MISTAKES = {kind.__name__ for kind in (PipelineError, *PipelineError.__subclasses__())}
 BLOCKED = "DagsterAssetCheckFailedError"  # a class that Dagster does not export
-
-PID_TAG = ".dagster/behavior_pipeline_pid"  # tags of this prefix are hidden in the UI
-STARTED_TAG = ".dagster/behavior_pipeline_started"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,29 @@ concurrency:
   pools:
     default_limit: 1      # DuckDB, the online store and the machine's cores have one user each
     granularity: op
+run_launcher:             # a process per run, known by its id
+  module: behavior_pipeline.run_launcher
+  class: ProcessRunLauncher
+run_monitoring:           # a run whose process died is resumed under its own id, in its place
+  enabled: true
+  poll_interval_seconds: 10
+  max_resume_run_attempts: 2
+  start_timeout_seconds: 300
+  cancel_timeout_seconds: 120
+run_retries:              # one that died while it started, or too often, is tried once more
+  enabled: true
+  max_retries: 1
+  retry_on_asset_or_op_failure: false   # a step that failed says why; again would fail again
 """
+
+OLDER_DEFAULTS = frozenset(
+    {
+        "ef8af2290ba64c48da84b768c9748cfe595baf358e9e8cd3cf9083078f3d6efc",
+        "876c6ee715647832c6082a1bf04eb447c1b56065b001477e0e0683004bef3e58",
+        "cf6107712203278a4ca4c927046648a7c7d2dcc451c8c1c3f336b31434647a09",
+    }
+)
+"""SHA-256 of every `dagster.yaml` that earlier versions wrote: nobody has edited such a file."""
 
 
 def dagster_home(settings: Settings) -> Path:
@@ -75,28 +95,15 @@ def dagster_home(settings: Settings) -> Path:
     home = Path(given) if given else settings.data_root.absolute() / "dagster"
     make_private_folder(home)
     config = home / "dagster.yaml"
-    if not config.exists():
+    if not config.exists() or _is_older_default(config.read_bytes()):
         config.write_text(INSTANCE_CONFIG)
     os.environ["DAGSTER_HOME"] = str(home)
     return home
 
 
-@contextmanager
-def holding(storage: Storage) -> Iterator[None]:
-    """Hold a home for one run; the lock goes with the process, however it ends.
-
-    Raises:
-        PipelineError: if another process holds it.
-    """
-    lock = storage.home / ".lock"
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PipelineError(
-                f"Another run is at work in {storage.home}.", "Wait for it, or stop it."
-            ) from None
-        yield
+def _is_older_default(content: bytes) -> bool:
+    """Tell whether a configuration is what an earlier version wrote, to the letter."""
+    return hashlib.sha256(content).hexdigest() in OLDER_DEFAULTS
 
 
 def work(
@@ -113,7 +120,6 @@ def work(
     """
     opened = open_pipeline(**overrides)
     with holding(opened.storage):
-        remove_leftovers(opened.storage.home)
         if job != PRETRAINING or not any(opened.storage.events.glob("arrival=*")):
             execute("history", None, overrides, console)
         span = events_span(opened.storage)
@@ -133,7 +139,6 @@ def arrive(overrides: Mapping[str, Any], cutoff: datetime, console: Console) -> 
     opened = open_pipeline(**overrides)
     checkpoint_folder(opened.storage.checkpoints)
     with holding(opened.storage):
-        remove_leftovers(opened.storage.home)
         execute("nightly", partition_of(cutoff), overrides, console)
     return Night(opened, opened.windows(cutoff))
 
@@ -173,16 +178,6 @@ def _as_of(partition: str | None, settings: Settings) -> Iterator[None]:
         yield
 
 
-def close_dead_runs(instance: dg.DagsterInstance) -> int:
-    """Mark runs whose process is gone as failed, and free the pools that they held."""
-    started = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
-    dead = [run for run in started if PID_TAG in run.tags and not _is_alive(run.tags)]
-    for run in dead:
-        instance.report_run_failed(run, "The process of this run was killed.")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return len(dead)
-
-
 def _execute(
     instance: dg.DagsterInstance,
     job: str,
@@ -204,7 +199,7 @@ def _execute(
             },
             instance=instance,
             partition_key=partition,
-            tags=_process_tags(),
+            tags=process_tags(os.getpid()),
             raise_on_error=False,
         )
     set_active(None)
@@ -227,26 +222,15 @@ def _raise_cause(result: dg.ExecuteInProcessResult) -> None:
     raise RuntimeError("A blocking check held the run back; its line above says what it found.")
 
 
-def _process_tags() -> dict[str, str]:
-    """Say which process executes a run, so that its death can be noticed."""
-    process = psutil.Process()
-    return {PID_TAG: str(process.pid), STARTED_TAG: f"{process.create_time():.2f}"}
-
-
-def _is_alive(tags: Mapping[str, str]) -> bool:
-    """Tell whether the process behind the tags still lives (and is no other of the same number)."""
-    try:
-        process = psutil.Process(int(tags[PID_TAG]))
-    except psutil.NoSuchProcess:
-        return False
-    return f"{process.create_time():.2f}" == tags.get(STARTED_TAG)
-
-
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Serve Dagster's web page and its daemon until one of them ends or Ctrl-C."""
+    """Serve Dagster's web page and its daemon until one of them ends or Ctrl-C.
+
+    A run at work goes on to its end by itself; the next daemon takes up the queue.
+    """
     dagster_home(settings)
     with dg.DagsterInstance.get() as instance:
-        close_dead_runs(instance)  # a run that was killed would hold back the queue for ever
+        close_dead_runs(instance)  # the daemon resumes the others
+    os.environ["BEHAVIOR_DATA_ROOT"] = str(settings.data_root.absolute())
     tool = [sys.executable, "-m"]
     page = [*tool, "dagster_webserver", "-w", str(WORKSPACE), "-h", host, "-p", str(port)]
     daemon = [*tool, "dagster._daemon", "run", "-w", str(WORKSPACE)]

@@ -63,6 +63,11 @@ class Storage:
         return self.home / "analytics.duckdb"
 
     @property
+    def replaced_analytics(self) -> Path:
+        """Second names of replaced `analytics.duckdb` files that somebody still has open."""
+        return self.home / "replaced_analytics"
+
+    @property
     def scratch(self) -> Path:
         """Spill files and folders under construction; safe to delete when nothing runs."""
         return self.home / "scratch"
@@ -98,7 +103,7 @@ class Storage:
 
     @property
     def events_sessionized(self) -> Path:
-        """All events with gaps and sessions: `user_bucket=<k>/*.parquet`, each in total order."""
+        """All events with gaps and sessions, in Parquet: see layers.py."""
         return self.home / "marts" / "events_sessionized"
 
     def sequences(self, cutoff: datetime) -> Path:

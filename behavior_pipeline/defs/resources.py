@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.holding import holding
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
 from behavior_pipeline.windows import EvaluationWindows, cutoff_of
+
+PARTITION_TAG = "dagster/partition"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
 
 
 class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -22,6 +30,22 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def open(self) -> Pipeline:
         """Open the pipeline with this run's overrides."""
         return open_pipeline(**self.overrides)
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[PipelineResource]:
+        """Hold the source's home while the steps of a run use this; wait for it if need be."""
+        try:
+            storage = self.open().storage
+        except PipelineError:
+            yield self  # the first step that opens it says so
+            return
+
+        def waiting() -> None:
+            if context.log is not None:
+                context.log.info("Another run is at work in %s: waiting for it.", storage.home)
+
+        with holding(storage, waiting):
+            yield self
 
 
 class Night:
@@ -43,11 +67,19 @@ class Night:
 
 def partition_key_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> str:
     """Return the night of a run, also for assets and checks that are not partitioned themselves."""
-    run = context.run
-    key = run.tags.get("dagster/partition")
+    key = night_of(context.run.tags)
     if key is None:
         raise dg.Failure("Choose a partition: every run belongs to a night.")
     return key
+
+
+def night_of(tags: Mapping[str, str]) -> str | None:
+    """Return the night that a run's tags name, None without a single one.
+
+    A backfill of assets names a range, here of one night a run.
+    """
+    first, last = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
+    return tags.get(PARTITION_TAG) or (first if first == last else None)
 
 
 def now() -> datetime:

@@ -65,7 +65,10 @@ def _specs() -> tuple[dict[str, dg.AssetSpec], dict[str, dg.AssetCheckSpec]]:
         io_manager_key=None,
         project=None,
     )
-    specs = {spec.key.path[-1]: spec.replace_attributes(partitions_def=nights) for spec in assets}
+    specs = {
+        spec.key.path[-1]: spec.replace_attributes(partitions_def=nights, skippable=True)
+        for spec in assets
+    }
     return specs, {check.name: check._replace(partitions_def=nights) for check in checks}
 
 
@@ -79,11 +82,15 @@ ASSETS, CHECKS = _specs()
     check_specs=list(CHECKS.values()),
     backfill_policy=ONE_NIGHT_A_RUN,
     pool=DUCKDB_WRITER,
+    can_subset=True,  # without it Dagster 1.13 refuses a backfill of several nights from its page
 )
 def warehouse(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Bring every model up to date and test it: the users touched, or everybody if need be."""
+    """Bring every model up to date and test it: the users touched, or everybody if need be.
+
+    Whichever models are chosen, all are built: one without the others would be of another night.
+    """
     night = Night(context, pipeline)
     opened = night.pipeline
     done = build_warehouse(
@@ -93,8 +100,10 @@ def warehouse(
         night.windows,
         report=report_to(context, "building"),
     )
-    for name in done.models:
-        spec = ASSETS[name]
+    chosen, checked = context.selected_asset_keys, context.selected_asset_check_keys
+    for name, spec in ((name, ASSETS[name]) for name in done.models):
+        if spec.key not in chosen:
+            continue
         yield dg.MaterializeResult(
             asset_key=spec.key,
             metadata=_model_metadata(name, done),
@@ -106,7 +115,7 @@ def warehouse(
                     metadata={"num_failing_rows": done.failures[check.name]},
                 )
                 for check in CHECKS.values()
-                if check.asset_key == spec.key
+                if check.asset_key == spec.key and check.key in checked
             ],
         )
 
@@ -160,8 +169,13 @@ def marts(
 def analytics_database(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
 ) -> dg.MaterializeResult[None]:
-    """`analytics.duckdb`, what analysts open: replaced in one rename."""
+    """`analytics.duckdb`, what analysts open: replaced in one rename, never by an older night."""
     night = Night(context, pipeline)
     opened = night.pipeline
-    publish_analytics(opened.storage, opened.settings, night.cutoff)
-    return dg.MaterializeResult(metadata={"num_bytes": opened.storage.analytics.stat().st_size})
+    is_published = publish_analytics(opened.storage, opened.settings, night.cutoff)
+    return dg.MaterializeResult(
+        metadata={
+            "num_bytes": opened.storage.analytics.stat().st_size,
+            "is_published": is_published,  # False: analysts have a newer night
+        }
+    )

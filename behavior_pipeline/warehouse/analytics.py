@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -15,9 +15,12 @@ import pyarrow as pa
 from behavior_pipeline.contracts import PREDICTIONS, SEGMENTS, Contract
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import open_engine, quote_identifier, quote_text
-from behavior_pipeline.storage import Storage
+from behavior_pipeline.sql import fetch_one, open_engine, quote_identifier, quote_text
+from behavior_pipeline.storage import Storage, working_alone
+from behavior_pipeline.warehouse.readers import keep_for_readers
+from behavior_pipeline.warehouse.state import read_state
 from behavior_pipeline.warehouse.swap import database_aside, swap_in
+from behavior_pipeline.warehouse.variables import written_cutoff
 
 USER_SEGMENTS: Final = "user_segments"
 USER_PREDICTIONS: Final = "user_predictions"
@@ -31,31 +34,72 @@ _DESCRIPTIONS: Final[Mapping[str, str]] = MappingProxyType(
 _INTERNAL_PREFIXES: Final = ("stg_", "int_")
 
 
-def publish_analytics(storage: Storage, settings: Settings, cutoff: datetime) -> None:
+def publish_analytics(storage: Storage, settings: Settings, cutoff: datetime) -> bool:
     """Build `analytics.duckdb` from the warehouse and the night's files, then rename it into place.
 
     It holds every mart and view of the dbt project, without staging and intermediate models, and
     the tables `user_segments` and `user_predictions` of the cutoff: empty where these stages have
     not run for it. Tables and columns carry comments. Whoever has the old file open keeps reading
-    the old file.
+    the old file, and the sessionized events that it needs stay until it is closed.
+
+    Returns:
+        Whether it was published: a newer night is never replaced by an older one.
 
     Raises:
-        PipelineError: if there is no warehouse yet.
+        PipelineError: if there is no warehouse of this night.
     """
-    if not storage.warehouse.is_file():
+    with working_alone(storage):
+        _check_warehouse(storage, cutoff)
+        published = published_cutoff(storage)
+        if published is not None and published > cutoff:
+            return False
+        with database_aside(storage, storage.analytics) as aside:
+            _fill(storage, settings, cutoff, aside)
+            keep_for_readers(storage)
+            swap_in(aside, storage.analytics)
+    return True
+
+
+def published_cutoff(storage: Storage) -> datetime | None:
+    """Return the night that analysts see; None if there is none or nobody is in it."""
+    if not storage.analytics.is_file():
+        return None
+    with duckdb.connect(str(storage.analytics), read_only=True) as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        (cutoff,) = fetch_one(connection, "SELECT max(observation_cutoff) FROM user_aggregates")
+    return cutoff if cutoff is None else cutoff.astimezone(UTC)
+
+
+def _check_warehouse(storage: Storage, cutoff: datetime) -> None:
+    """Refuse a warehouse that is missing or of another night.
+
+    Raises:
+        PipelineError: saying which.
+    """
+    state = read_state(storage.warehouse)
+    if state is None:
         raise PipelineError(f"There is no warehouse at {storage.warehouse}.", "Build it first.")
+    if state.night_cutoff != written_cutoff(cutoff):
+        raise PipelineError(
+            f"The warehouse was built for the cutoff {state.night_cutoff[:10]}, not for "
+            f"{cutoff:%Y-%m-%d}.",
+            "Build it for this night first; nights follow one another.",
+        )
+
+
+def _fill(storage: Storage, settings: Settings, cutoff: datetime, aside: Path) -> None:
+    """Copy the warehouse and add what the stages to the right know of its users."""
     sources = (
         (USER_SEGMENTS, SEGMENTS, storage.segments(cutoff) / "segments.parquet"),
         (USER_PREDICTIONS, PREDICTIONS, storage.predictions(cutoff) / "predictions.parquet"),
     )
-    with database_aside(storage, storage.analytics) as aside:
-        shutil.copyfile(storage.warehouse, aside)
-        spill = storage.scratch / "spill"
-        with open_engine(settings.memory_limit, settings.threads, spill, aside) as connection:
-            _drop_internal(connection)
-            for table, contract, path in sources:
-                _create_table(connection, table, contract, path)
-        swap_in(aside, storage.analytics)
+    duckdb.connect(str(storage.warehouse)).close()  # works in what a killed build left in a log
+    shutil.copyfile(storage.warehouse, aside)
+    spill = storage.scratch / "spill"
+    with open_engine(settings.memory_limit, settings.threads, spill, aside) as connection:
+        _drop_internal(connection)
+        for table, contract, path in sources:
+            _create_table(connection, table, contract, path)
 
 
 def _drop_internal(connection: duckdb.DuckDBPyConnection) -> None:

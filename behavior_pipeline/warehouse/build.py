@@ -46,6 +46,7 @@ from behavior_pipeline.storage import (
     writing_folder,
 )
 from behavior_pipeline.warehouse.plan import Model, Plan, load_plan
+from behavior_pipeline.warehouse.readers import folders_read
 from behavior_pipeline.warehouse.state import (
     MAX_LAYERED_SHARE,
     MAX_TOUCHED_SHARE,
@@ -178,7 +179,9 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
         _create_first(bench)
         with writing_folder(layers.folder / f"base={base.id}") as folder:
             for bucket in range(buckets):
+                bench.part = f"bucket {bucket + 1} of {buckets}"
                 _fill_bucket(bench, build, bucket, folder / bucket_file(bucket))
+        bench.part = ""
         bench.clear_scope()
         _finish(bench, layers, is_new=True)
         failures = _test(bench, {})
@@ -189,7 +192,7 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
         connection.close()
         swap_in(aside, storage.warehouse)
     point_to_layers(layers)
-    remove_unused(layers, before)
+    remove_unused(layers, before, folders_read(storage))
     return summary
 
 
@@ -259,7 +262,7 @@ def _build_touched(build: _Build, state: State) -> WarehouseSummary | str:
             layers, summary = _work_in(bench, build, known, num_touched)
         connection.execute("CHECKPOINT")
     point_to_layers(layers)
-    remove_unused(layers, known)
+    remove_unused(layers, known, folders_read(storage))
     return summary
 
 
@@ -270,7 +273,9 @@ def _work_in(
     bench.set_night(build.arrivals, build.windows)
     for model in bench.plan.of_grain("arrivals"):
         bench.renew(model)
+    bench.part = f"{num_touched:,} users touched"
     layers = _add_layer(bench, build, known) if num_touched else known
+    bench.part = ""
     bench.clear_scope()
     _finish(bench, layers, is_new=False)
     newest = layers.layer_folder(layers.layers[-1]) if num_touched else None

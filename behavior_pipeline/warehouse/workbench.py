@@ -32,6 +32,7 @@ class Workbench:
     Attributes:
         connection: the open warehouse.
         seconds: time that each model took, over all its runs.
+        part: which users the models are run for, as progress tells it.
         main: the schema with the tables of everybody.
     """
 
@@ -41,6 +42,7 @@ class Workbench:
         self.connection = connection
         self.plan = plan
         self.seconds: dict[str, float] = defaultdict(float)
+        self.part = ""
         self._finished = finished
         (database,) = fetch_one(connection, "SELECT current_database()")
         # With the database's name: temporary tables, which come first, have a schema `main` too.
@@ -225,7 +227,7 @@ class Workbench:
                 "The warehouse that analysts read stays as it was.",
             ) from None
         self.seconds[model.name] += time.perf_counter() - started
-        self._finished(model.name)
+        self._finished(f"{self.part}: {model.name}" if self.part else model.name)
 
     def _describe(self, model: Model, *, is_view: bool = False) -> None:
         """Keep the descriptions of a model and its columns as comments."""

@@ -20,7 +20,7 @@ def test_dbt_builds_and_every_test_of_its_own_passes(built: Built):
     assert compiling == (0, 1, "compiling the models")
     total = len(steps)
     assert [(done, of) for done, of, _ in steps] == [(n, total) for n in range(1, total + 1)]
-    buckets = Counter(name for _, _, name in steps)
+    buckets = Counter(name.split(": ")[-1] for _, _, name in steps)
     num_buckets = built.settings.num_buckets
     expected = {model.name: num_buckets for model in built.plan.of_grain("user")}
     expected |= {model.name: num_buckets + 1 for model in built.plan.of_grain("sum")}  # the total
