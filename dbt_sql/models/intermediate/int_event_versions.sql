@@ -21,6 +21,7 @@ ranked as (
     select
         *,
         row_number() over (partition by event_id order by arrival_rank desc) = 1 as is_newest,
+        count(*) over (partition by event_id) > 1 or state = 0 as is_contested,
         min(ingested_at) over (partition by event_id, state) as first_ingested_at
     from versions
 
@@ -34,6 +35,8 @@ final as (
         is_newest and state <> 0 as is_counted,
         first_ingested_at
     from ranked
+    -- An id that other arrivals held once, but no longer do, is an event like others.
+    where is_contested
 
 )
 
