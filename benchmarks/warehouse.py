@@ -1,6 +1,6 @@
 """The warehouse at real size: SQL and sequences beside a bare sort, pandas, nights, 169 M events.
 
-    python benchmarks/warehouse.py [--events N] [--path-events N] [--folder DIR]
+    python benchmarks/warehouse.py [--events N] [--path-events N] [--repeats N] [--folder DIR]
 
 At `--events` (50 M): everything from canonical events to tables, and token sequences, beside
 DuckDB's `COPY (SELECT * … ORDER BY user_id, occurred_at)` of the same files; the same tables in
@@ -59,7 +59,6 @@ HORIZON, LOOKBACK = timedelta(days=30), timedelta(days=90)
 FIRST_NIGHT = START + timedelta(days=NUM_DAYS)  # the day after the history's last
 SHARES = (0.01, 0.001, 0.003, 0.01, 0.03, 0.1)  # of the users that a night touches
 SLICE_EVENTS = 2_000_000
-REPEATS = 3
 PRESET = load_preset("simulated")
 PICTURE = Path(__file__).parents[1] / "docs" / "night-cost.png"
 
@@ -82,9 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-warehouse-") as temporary:
         folder = options.folder or Path(temporary)
         home = _home(folder, options.events, num_buckets=8)
-        lines, full_seconds = _everybody(home)
+        lines, full_seconds = _everybody(home, options.repeats)
         _show(lines)
-        for more in ([_pandas(home)], _nights(home, full_seconds)):
+        for more in ([_pandas(home, options.repeats)], _nights(home, full_seconds)):
             _show(more)
             lines += more
         lines += _path(folder, options.path_events)
@@ -95,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--events", type=int, default=50_000_000)
     parser.add_argument("--path-events", type=int, default=169_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--run-path", action="store_true", help="used by the benchmark itself")
     return parser.parse_args()
@@ -195,14 +195,14 @@ def _bare_sort(home: Home) -> float:
     return seconds
 
 
-def _everybody(home: Home) -> tuple[list[dict[str, object]], float]:
+def _everybody(home: Home, repeats: int) -> tuple[list[dict[str, object]], float]:
     """Build everybody beside a bare sort, in turns; return the lines and the whole's seconds."""
     night = FIRST_NIGHT - timedelta(days=1)
     _say("loading the history")
     loading = _load(home, HISTORY, home.raw)
     sorts, builds, models, tokens, summaries = [], [], [], [], []
-    for number in range(REPEATS):
-        _say(f"sorting, building and tokenizing everybody ({number + 1} of {REPEATS})")
+    for number in range(repeats):
+        _say(f"sorting, building and tokenizing everybody ({number + 1} of {repeats})")
         sorts.append(_bare_sort(home))
         seconds, summary = _build(home, night, from_nothing=True)
         builds.append(seconds)
@@ -224,7 +224,7 @@ def _everybody(home: Home) -> tuple[list[dict[str, object]], float]:
     ], full
 
 
-def _pandas(home: Home) -> dict[str, object]:
+def _pandas(home: Home, repeats: int) -> dict[str, object]:
     """Build the same tables of a slice of whole users in pandas and here."""
     _say("the same tables in pandas, on a slice")
     files = loaded_arrivals(home.storage)[0].event_files(0)
@@ -252,7 +252,7 @@ def _pandas(home: Home) -> dict[str, object]:
             table.to_parquet(raw.with_name(f"{name}.parquet"))
 
     ours, theirs = [], []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         _, summary = _build(slice_home, night, from_nothing=True)
         ours.append(sum(summary.seconds.values()))
         theirs.append(_timed(with_pandas)[0])
