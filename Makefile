@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ui bench bench-warehouse lint format clean
+.PHONY: help setup demo test ui bench bench-warehouse docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-$(MANIFEST): $(STAMP) $(shell find dbt_sql -name '*.sql' -o -name '*.yml' | grep -v target)
+$(MANIFEST): $(STAMP) $(shell find dbt_sql -name '*.sql' -o -name '*.yml' | grep -v ^dbt_sql/target/)
 	$(BIN)/dbt --quiet parse --project-dir dbt_sql --profiles-dir dbt_sql
 
 setup: $(STAMP) $(MANIFEST)  ## make the virtual environment and dbt's manifest
@@ -38,6 +38,11 @@ bench: setup  ## run the quick benchmarks; one JSON line per figure
 
 bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour, 40 GB of disk
 	$(BIN)/python benchmarks/warehouse.py $(BENCH)
+
+docs: $(STAMP)  ## describe every model and column on one page, with their lineage
+	$(BIN)/dbt --quiet docs generate --static --empty-catalog \
+	  --project-dir dbt_sql --profiles-dir dbt_sql --target-path target/docs
+	@echo "Open dbt_sql/target/docs/static_index.html"
 
 lint: setup  ## types, style, seams, SQL
 	$(BIN)/ruff check .

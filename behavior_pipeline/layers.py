@@ -148,7 +148,9 @@ def point_to_layers(layers: Layers) -> None:
         write_json(current, layers.document())
 
 
-def remove_unused(layers: Layers, before: Layers | None, read: AbstractSet[str]) -> None:
+def remove_unused(
+    layers: Layers, before: Layers | None, read: AbstractSet[str] = frozenset()
+) -> None:
     """Remove folders that neither this version nor the one before it points to, nor a reader needs.
 
     The one before stays for a build, for those who are reading it.

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
 from behavior_pipeline.storage import Storage, read_json
 from behavior_pipeline.windows import parse_cutoff
 
+START_SECONDS = 120
 SMALL = {
     "BEHAVIOR_SIMULATED_USERS": "300",
     "BEHAVIOR_SIMULATED_DAYS": "120",
@@ -99,6 +107,43 @@ def new_installation(folder: Path) -> Installation:
     """Return an installation with an empty data root."""
     folder.mkdir(parents=True, exist_ok=True)
     return Installation(folder)
+
+
+@contextmanager
+def serving(
+    installation: Installation, log: Path, settings: dict[str, str] | None = None
+) -> Iterator[str]:
+    """Serve the UI as `make ui` does, on a free port; yield its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            installation.command("ui", "--port", str(port)),
+            env=installation.environment | (settings or {}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_served(address, server, log)
+            yield address
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+
+
+def _wait_until_served(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        try:
+            with urlopen(f"{address}/server_info", timeout=5):  # noqa: S310 - our own server
+                return
+        except (URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="session")

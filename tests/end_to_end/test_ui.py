@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from selenium import webdriver
@@ -22,11 +15,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from behavior_pipeline.storage import read_json
 
-from .conftest import FinishedRun
+from .conftest import START_SECONDS, FinishedRun, serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-START_SECONDS = 120
 RUN_SECONDS = 300
 QUIET_CHROMIUM = (
     "--headless=new",
@@ -57,26 +49,8 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture
 def page(finished: FinishedRun, tmp_path: Path) -> Iterator[str]:
-    """Serve the UI as `make ui` does, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    installation = finished.installation
-    address = f"http://127.0.0.1:{port}"
-    with (tmp_path / "ui.log").open("w") as log:
-        server = subprocess.Popen(
-            installation.command("ui", "--port", str(port)),
-            env=installation.environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _wait_until_served(address, server, tmp_path / "ui.log")
-            yield address
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
+    with serving(finished.installation, tmp_path / "ui.log") as address:
+        yield address
 
 
 def test_one_night_is_materialized_from_the_page(
@@ -133,15 +107,3 @@ def _program(name: str) -> str:
     found = shutil.which(name)
     assert found is not None, f"{name} is not installed"
     return found
-
-
-def _wait_until_served(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urlopen(f"{address}/server_info", timeout=5):  # noqa: S310 - our own server
-                return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(log.read_text())
