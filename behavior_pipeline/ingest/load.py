@@ -56,6 +56,7 @@ from behavior_pipeline.ingest.versions import (
     changes_everything,
     find_changes,
     find_versions,
+    keep_times,
     write_changes,
     write_deletions,
     write_versions,
@@ -119,8 +120,8 @@ def load_arrival(
         storage: gets `events/arrival=<arrival>/` and `quarantine/arrival=<arrival>/`.
         settings: memory, threads and the share of rows that may be quarantined.
         arrival: "history" for a bulk load, "YYYY-MM-DD" for a night.
-        ingested_at: becomes a column of new events; a load that says what the arrival says already
-            leaves everything as it is.
+        ingested_at: becomes a column of new events; those that the arrival held before as they are
+            keep theirs, and a load that says nothing else leaves everything as it is.
         day: the night's day. If the path has `{date}` or `arrived_at`, what it then names is taken
             whole, otherwise only the rows that occurred on that UTC day.
         report: told of four steps.
@@ -223,6 +224,7 @@ def _settle(
         connection.execute("CREATE TEMP TABLE changes (user_id VARCHAR, activity_date DATE)")
     else:
         find_changes(connection, load.arrival)
+    keep_times(connection, load.own)
     summary = summarize(connection, staged.num_read, load.arrival, is_everything=is_everything)
     report(3, _NUM_STEPS, "writing")
     same = load.own if load.own is not None and load.own.events_id == events_id else None
@@ -283,11 +285,13 @@ def _write(
             for file in same.event_files():
                 (folder / file.name).hardlink_to(file)
         else:
-            _write_events(connection, staged, folder)
+            _write_events(connection, staged, folder, has_own=load.own is not None)
 
 
-def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder: Path) -> None:
-    """Write the relation `stored`, one file for all or one by bucket, each in the contract's order.
+def _write_events(
+    connection: duckdb.DuckDBPyConnection, staged: Staged, folder: Path, *, has_own: bool
+) -> None:
+    """Write the relation `timed`, one file for all or one by bucket, each in the contract's order.
 
     Sorting a bulk load costs a few seconds once; every night then finds its users' events side by
     side.
@@ -297,14 +301,13 @@ def _write_events(connection: duckdb.DuckDBPyConnection, staged: Staged, folder:
         ", ".join(CANONICAL_EVENTS.sort_order),
     )
     if not staged.files:
-        query = f"SELECT {columns} FROM stored ORDER BY {order}"
+        query = f"SELECT {columns} FROM timed ORDER BY {order}"
         _copy(connection, query, folder / "events.parquet")
         return
-    has_repeats = fetch_one(connection, "SELECT count(*) FROM frequent")[0] > 0
+    is_as_staged = not has_own and not fetch_one(connection, "SELECT count(*) FROM frequent")[0]
     for bucket in sorted({_bucket_of(file) for file in staged.files}):
         own = [file for file in staged.files if _bucket_of(file) == bucket]
-        rows = parquet(own)
-        relation = f"stored WHERE user_bucket = {bucket}" if has_repeats else rows
+        relation = parquet(own) if is_as_staged else f"timed WHERE user_bucket = {bucket}"
         query = f"SELECT {columns} FROM {relation} ORDER BY {order}"
         _copy(connection, query, folder / f"events-{bucket:04d}-0000.parquet")
 

@@ -25,7 +25,7 @@ from behavior_pipeline.ingest.arrivals import (
 )
 from behavior_pipeline.sql import fetch_one, parquet, quote_identifier, quote_text, utc_date
 
-_SIDE: Final = "event_id, user_id, activity_date, state"
+_SIDE: Final = "event_id, user_id, activity_date, state, ingested_at"
 _NOTHING: Final = (
     "SELECT NULL::VARCHAR AS event_id, NULL::VARCHAR AS user_id, NULL::DATE AS activity_date, "
     "NULL::UBIGINT AS state, NULL::TIMESTAMPTZ AS ingested_at, NULL::VARCHAR AS arrival, "
@@ -63,7 +63,10 @@ def find_versions(
 
 
 def find_changes(connection: duckdb.DuckDBPyConnection, arrival: str) -> None:
-    """Create the table `changes`: the user-days that the load of the arrival changes."""
+    """Create the table `changes`: the user-days that the load of the arrival changes.
+
+    And `changed`, the ids of which the arrival says something else than before.
+    """
     connection.execute(
         "CREATE TEMP TABLE changed AS SELECT event_id FROM own_new FULL JOIN own_old "
         "USING (event_id) WHERE own_new.state IS DISTINCT FROM own_old.state"
@@ -76,6 +79,24 @@ def find_changes(connection: duckdb.DuckDBPyConnection, arrival: str) -> None:
     connection.execute(
         "CREATE TEMP TABLE changes AS SELECT DISTINCT user_id, activity_date "
         f"FROM ({rows} UNION ALL {_changed_winners(arrival)}) WHERE user_id IS NOT NULL"
+    )
+
+
+def keep_times(connection: duckdb.DuckDBPyConnection, own: Arrival | None) -> None:
+    """Create the view `timed`: the relation `stored`, with the times of rows that came before.
+
+    A row that the arrival held already as it is keeps the time at which it first came like that.
+    """
+    files = own.event_files() if own else []
+    if not files:
+        connection.execute("CREATE TEMP VIEW timed AS FROM stored")
+        return
+    connection.execute(
+        "CREATE TEMP VIEW timed AS SELECT stored.* REPLACE "
+        "(coalesce(held.ingested_at, stored.ingested_at) AS ingested_at) FROM stored LEFT JOIN "
+        f"(SELECT event_id, user_bucket, ingested_at FROM {parquet(files)} "
+        "WHERE event_id NOT IN (FROM changed)) AS held "
+        "ON stored.event_id = held.event_id AND stored.user_bucket = held.user_bucket"
     )
 
 
@@ -100,7 +121,7 @@ def write_versions(
     connection: duckdb.DuckDBPyConnection, arrival: str, load_id: str, folder: Path
 ) -> None:
     """Write `versions.parquet`: of each id that others hold, or that is deleted, every version."""
-    contested = "(FROM stored SEMI JOIN others USING (event_id))"
+    contested = "(FROM timed SEMI JOIN others USING (event_id))"
     own = " UNION ALL ".join(
         f"SELECT event_id, {quote_text(arrival)} AS arrival, {quote_text(load_id)} AS load_id, "
         f"state, ingested_at FROM {rows}"
@@ -156,9 +177,10 @@ def _rows_of(arrivals: list[Arrival], ids: str | None = None) -> str:
 
 
 def _changed_winners(arrival: str) -> str:
-    """Return SQL of the user-days of contested ids whose counting row is another now."""
+    """Return SQL of the user-days of contested ids whose counting row, or its time, is another."""
     winner = (
-        f"SELECT {_SIDE} FROM (SELECT {_SIDE}, {rank_of('arrival')} AS arrival_rank FROM others "
+        "SELECT *, min(ingested_at) OVER (PARTITION BY event_id, state) AS came_at FROM "
+        f"(SELECT {_SIDE}, {rank_of('arrival')} AS arrival_rank FROM others "
         f"UNION ALL SELECT {_SIDE}, {quote_text(arrival_rank(arrival))} FROM {{side}}) "
         "WHERE event_id IN (FROM changed) AND event_id IN (SELECT event_id FROM others) "
         "QUALIFY row_number() OVER (PARTITION BY event_id ORDER BY arrival_rank DESC) = 1"
@@ -168,7 +190,8 @@ def _changed_winners(arrival: str) -> str:
         f"SELECT {both.format('user_id')}, {both.format('activity_date')} "
         f"FROM ({winner.format(side='own_new')}) AS a "
         f"FULL JOIN ({winner.format(side='own_old')}) AS b USING (event_id) "
-        f"WHERE nullif(a.state, {DELETED}) IS DISTINCT FROM nullif(b.state, {DELETED})"
+        f"WHERE nullif(a.state, {DELETED}) IS DISTINCT FROM nullif(b.state, {DELETED}) "
+        "OR a.came_at IS DISTINCT FROM b.came_at"
     )
 
 
