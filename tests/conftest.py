@@ -58,6 +58,8 @@ def _group(item: pytest.Item) -> str:
         return FINISHED
     if item.path.parent.name == "warehouse":
         return "warehouse"
+    if "shard" in item.fixturenames:
+        return item.nodeid
     return str(item.path)
 
 
