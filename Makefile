@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ui bench bench-warehouse docs lint format clean
+.PHONY: help setup demo test test-long ui bench bench-warehouse docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -29,6 +29,10 @@ demo: setup  ## raw simulated events become published embeddings and a report
 
 test: setup  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2   # two workers, a core each
+
+test-long: setup  ## 5,000 random histories of nights against builds from nothing, a worker a core
+	OMP_NUM_THREADS=1 BEHAVIOR_HISTORIES=5000 BEHAVIOR_HISTORY_SHARDS=16 \
+	  $(BIN)/python -m pytest -n auto tests/properties/test_nights_equal_from_nothing.py
 
 ui: setup  ## serve the Dagster UI and its daemon on port 3000
 	$(BIN)/behavior-pipeline ui
