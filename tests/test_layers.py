@@ -92,15 +92,16 @@ def test_without_a_version_the_message_says_so(tmp_path: Path) -> None:
         read_layers(tmp_path)
 
 
-def test_what_two_versions_need_stays(layers: Layers) -> None:
+def test_what_two_versions_and_readers_need_stays(layers: Layers) -> None:
     before = Layers(layers.folder, layers.base, layers.layers[:1], layers.num_buckets)
     newest = Layers(layers.folder, Layer("new", 9), (), layers.num_buckets)
     (layers.folder / "base=new").mkdir()
-    remove_unused(newest, before)
+    read = {f"layer={layers.layers[1].id}"}  # somebody has a file open that needs it
+    remove_unused(newest, before, read)
     kept = {path.name for path in layers.folder.glob("*=*")}
-    assert kept == {"base=new"} | before.folder_names
+    assert kept == {"base=new"} | before.folder_names | read
     assert before.are_there
     assert newest.are_there
     assert not layers.are_there
-    remove_unused(newest, None)
+    remove_unused(newest, None, set())
     assert {path.name for path in layers.folder.glob("*=*")} == {"base=new"}
