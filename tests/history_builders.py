@@ -64,9 +64,7 @@ def _windows(day: int, *, is_future_known: bool) -> EvaluationWindows:
     cutoff = datetime.combine(START, datetime.min.time(), UTC) + timedelta(days=day)
     horizon = timedelta(days=2)
     test_cutoff = cutoff if is_future_known else cutoff - horizon
-    return EvaluationWindows(
-        cutoff, test_cutoff - horizon, test_cutoff, horizon, timedelta(days=3)
-    )
+    return EvaluationWindows(cutoff, test_cutoff - horizon, test_cutoff, horizon, timedelta(days=3))
 
 
 WINDOWS = (
@@ -81,7 +79,7 @@ class Pick(NamedTuple):
 
     Attributes:
         fact: which one.
-        change: the column that is told otherwise; "" for none, "gone" for a deletion, "bad:<column>"
+        change: the column that is told otherwise; "" for none, "gone" if deleted, "bad:<column>"
             for a row that breaks the contract.
         other: which other value it gets.
         part: which of the arrival's two files it is in.
@@ -148,7 +146,9 @@ class History:
     def parts(self, arrival: str, version: int) -> tuple[list[Row], list[Row]]:
         """Return the rows of the arrival's two files."""
         picks = self.versions[arrival][version]
-        told = [(pick.part, _told(self.facts[pick.fact], pick, has_ids=self.has_ids)) for pick in picks]
+        told = [
+            (pick.part, _told(self.facts[pick.fact], pick, has_ids=self.has_ids)) for pick in picks
+        ]
         first, second = ([row for part, row in told if part == number] for number in (0, 1))
         return first, second
 
@@ -171,9 +171,11 @@ def _told(fact: Row, pick: Pick, *, has_ids: bool) -> Row:
     elif pick.change == "price":
         row["price"] = _PRICES[other % len(_PRICES)]
     elif pick.change.startswith("bad:"):
-        row |= {"bad:who": {"who": ""}, "bad:at": {"at": "soon"}, "bad:id": {"id": None, "what": ""}}[
-            pick.change
-        ]
+        row |= {
+            "bad:who": {"who": ""},
+            "bad:at": {"at": "soon"},
+            "bad:id": {"id": None, "what": ""},
+        }[pick.change]
     if not has_ids:
         row |= {"id": None, "gone": None}
     return tuple(row[name] for name in COLUMNS)
@@ -267,7 +269,7 @@ def _picks(num_facts: int) -> st.SearchStrategy[Pick]:
 def _versions(
     draw: st.DrawFn, num_facts: int, min_rows: int, max_rows: int, *, keeps_all: bool
 ) -> tuple[tuple[Pick, ...], ...]:
-    """Draw an arrival's rows, and up to two corrections of its files; a history seldom loses rows."""
+    """Draw an arrival's rows, and up to two corrections of its files; histories rarely lose rows."""
     rows = draw(st.lists(_picks(num_facts), min_size=min_rows, max_size=max_rows))
     versions = [tuple(rows)]
     for _ in range(draw(st.integers(0, 2))):

@@ -44,7 +44,7 @@ class Sessionized(NamedTuple):
 
 @dataclass(frozen=True)
 class Content:
-    """What an arrival says: events and deletions by id, what its files were like, and when it came."""
+    """What an arrival says: events and deletions by id, what its files were like, when it came."""
 
     events: dict[str, Event]
     deletions: frozenset[str]
@@ -62,9 +62,7 @@ def read_content(parts: Sequence[Sequence[Row]], *, has_ids: bool) -> Content:
         for row in part
     ]
     judged = [(number, row, _is_tombstone(row) and has_ids, _event(row)) for number, row in rows]
-    good = [
-        each for each in judged if (each[2] or each[3]) and (each[1]["id"] or not has_ids)
-    ]
+    good = [each for each in judged if (each[2] or each[3]) and (each[1]["id"] or not has_ids)]
     given = _by_given_id(good) if has_ids else _by_content(good)
     return Content(
         events={key: event for key, event in given.items() if event is not None},
@@ -92,7 +90,9 @@ def _by_given_id(good: Sequence[_Judged]) -> dict[str, Event | None]:
 
 def _rank(event: Event | None) -> tuple[object, ...]:
     """Sort events by their columns, with nothing before everything."""
-    return tuple((value is not None, value) if value is not None else (False,) for value in event or ())
+    return tuple(
+        (value is not None, value) if value is not None else (False,) for value in event or ()
+    )
 
 
 def _by_content(good: Sequence[_Judged]) -> dict[str, Event | None]:
