@@ -269,7 +269,7 @@ def _picks(num_facts: int) -> st.SearchStrategy[Pick]:
 def _versions(
     draw: st.DrawFn, num_facts: int, min_rows: int, max_rows: int, *, keeps_all: bool
 ) -> tuple[tuple[Pick, ...], ...]:
-    """Draw an arrival's rows, and up to two corrections of its files; histories rarely lose rows."""
+    """Draw an arrival's rows and up to two corrections of its files; histories rarely lose rows."""
     rows = draw(st.lists(_picks(num_facts), min_size=min_rows, max_size=max_rows))
     versions = [tuple(rows)]
     for _ in range(draw(st.integers(0, 2))):
