@@ -28,7 +28,7 @@ from behavior_pipeline.defs.warehouse import ASSETS as MODELS
 from behavior_pipeline.ingest.load import load_arrival
 from behavior_pipeline.ingest.simulator import simulate
 from behavior_pipeline.pipeline import open_pipeline
-from behavior_pipeline.run_launcher import PID_TAG
+from behavior_pipeline.run_launcher import PID_TAG, is_alive
 from behavior_pipeline.storage import Storage
 from behavior_pipeline.warehouse.build import build_warehouse
 from behavior_pipeline.windows import cutoff_of
@@ -163,9 +163,14 @@ def backfill(landing: Path, tmp_path_factory: pytest.TempPathFactory) -> Backfil
 
 @contextmanager
 def records(installation: Installation) -> Iterator[dg.DagsterInstance]:
-    """Open Dagster's own records."""
+    """Open Dagster's own records; in the end, kill what is at work: it would outlive the page."""
     with dg.DagsterInstance.from_config(str(installation.root / "dagster")) as instance:
-        yield instance
+        try:
+            yield instance
+        finally:
+            for run in instance.get_runs():
+                if is_alive(run.tags):
+                    os.kill(int(run.tags[PID_TAG]), signal.SIGKILL)
 
 
 def ask(address: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
