@@ -38,7 +38,7 @@ from behavior_pipeline.studies.session_figures import (
 
 MAX_GAP_MINUTES: Final = 60 * 24 * 365
 _MICROSECONDS_PER_MINUTE: Final = 60_000_000
-_NOT_OF_THE_ROW: Final = {"event_id", "ingested_at"}
+_NOT_OF_THE_ROW: Final = {"event_id", "ingested_at", "user_bucket"}
 _GAPS_WAY_OUT: Final = "Give minutes as whole numbers above 0, such as --gaps 20,30,60."
 
 

@@ -19,12 +19,12 @@ from warehouse_builders import event, make_preset, make_windows, shop_events, wr
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import load_preset, parse_preset
+from behavior_pipeline.layers import read_layers
 from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage
 from behavior_pipeline.studies.session_agreement import compare_sessions, parse_gaps
 from behavior_pipeline.studies.session_figures import SessionStudy
 from behavior_pipeline.warehouse.build import build_warehouse
-from behavior_pipeline.warehouse.export import export_marts
 
 V = views("v", [0, 5], ["c", "c"])  # one session on both sides in every case by hand
 
@@ -169,10 +169,10 @@ def test_our_sessions_are_those_of_the_warehouse(tmp_path: Path, settings: Setti
             event("t0", "tied", "view", "2024-01-01 00:30"),
             event("t2", "tied", "view", "2024-01-01 00:30"),
             event("t3", "tied", "view", "2024-01-01 01:00:00.000001")]  # fmt: skip
-    write_events([*shop_events(), *tied], storage.events)
+    write_events([*shop_events(), *tied], storage)
     build_warehouse(storage, settings, make_preset(), make_windows())
-    export_marts(storage, settings, make_windows())
-    built = pq.read_table(storage.events_sessionized, partitioning=None)
+    files = read_layers(storage.events_sessionized).base_files()
+    built = pa.concat_tables(pq.read_table(file, partitioning=None) for file in files)
     sessions = [f"{row['user_id']} {row['session_started_at']}" for row in built.to_pylist()]
     file = tmp_path / "sessionized.parquet"
     pq.write_table(built.append_column("visit", pa.array(sessions)), file)
