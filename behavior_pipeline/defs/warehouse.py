@@ -1,6 +1,6 @@
 """Stage 1 in Dagster: the dbt models, the exported marts, and what analysts open."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from behavior_pipeline.defs.resources import Night, PipelineResource
 from behavior_pipeline.storage import read_json
 from behavior_pipeline.warehouse.analytics import publish_analytics
 from behavior_pipeline.warehouse.build import WarehouseSummary, build_warehouse
+from behavior_pipeline.warehouse.data_tests import FailedTestsError
 from behavior_pipeline.warehouse.dbt import DBT_PROJECT, dbt_arguments, run_dbt
 from behavior_pipeline.warehouse.export import export_marts
 
@@ -86,38 +87,48 @@ ASSETS, CHECKS = _specs()
 )
 def warehouse(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
-) -> Iterator[dg.MaterializeResult[None]]:
+) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
     """Bring every model up to date and test it: the users touched, or everybody if need be.
 
     Whichever models are chosen, all are built: one without the others would be of another night.
     """
     night = Night(context, pipeline)
     opened = night.pipeline
-    done = build_warehouse(
-        opened.storage,
-        opened.settings,
-        opened.preset,
-        night.windows,
-        report=report_to(context, "building"),
-    )
-    chosen, checked = context.selected_asset_keys, context.selected_asset_check_keys
-    for name, spec in ((name, ASSETS[name]) for name in done.models):
-        if spec.key not in chosen:
-            continue
-        yield dg.MaterializeResult(
-            asset_key=spec.key,
-            metadata=_model_metadata(name, done),
-            check_results=[
-                dg.AssetCheckResult(
-                    passed=done.failures[check.name] == 0,
-                    asset_key=spec.key,
-                    check_name=check.name,
-                    metadata={"num_failing_rows": done.failures[check.name]},
-                )
-                for check in CHECKS.values()
-                if check.asset_key == spec.key and check.key in checked
-            ],
+    try:
+        done = build_warehouse(
+            opened.storage,
+            opened.settings,
+            opened.preset,
+            night.windows,
+            report=report_to(context, "building"),
         )
+    except FailedTestsError as error:  # the page shows which checks held the night back
+        yield from _check_results(context, CHECKS.values(), error.failures)
+        raise
+    for name, spec in ((name, ASSETS[name]) for name in done.models):
+        if spec.key in context.selected_asset_keys:
+            own = [check for check in CHECKS.values() if check.asset_key == spec.key]
+            yield dg.MaterializeResult(
+                asset_key=spec.key,
+                metadata=_model_metadata(name, done),
+                check_results=list(_check_results(context, own, done.failures)),
+            )
+
+
+def _check_results(
+    context: dg.AssetExecutionContext,
+    checks: Iterable[dg.AssetCheckSpec],
+    failures: Mapping[str, int],
+) -> Iterator[dg.AssetCheckResult]:
+    """Tell of those checks that the run was asked for."""
+    for check in checks:
+        if check.key in context.selected_asset_check_keys:
+            yield dg.AssetCheckResult(
+                passed=failures[check.name] == 0,
+                asset_key=check.asset_key,
+                check_name=check.name,
+                metadata={"num_failing_rows": failures[check.name]},
+            )
 
 
 def _model_metadata(name: str, done: WarehouseSummary) -> dict[str, Any]:

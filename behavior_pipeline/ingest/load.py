@@ -63,7 +63,7 @@ from behavior_pipeline.ingest.versions import (
 )
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.settings import Settings
-from behavior_pipeline.sql import fetch_one, open_engine, parquet, quote_text
+from behavior_pipeline.sql import fetch_one, open_engine, quote_text
 from behavior_pipeline.storage import (
     Storage,
     aside_of,
@@ -291,25 +291,31 @@ def _write(
 def _write_events(
     connection: duckdb.DuckDBPyConnection, staged: Staged, folder: Path, *, has_own: bool
 ) -> None:
-    """Write the relation `timed`, one file for all or one by bucket, each in the contract's order.
+    """Write the relation `timed`: one file in the contract's order, or files by bucket in any.
 
-    Sorting a bulk load costs a few seconds once; every night then finds its users' events side by
-    side.
+    A bulk load is sorted where its order first matters, in the models: a sort here as well would
+    double its time, and every full build would sort all the same.
     """
-    columns, order = (
-        ", ".join(CANONICAL_EVENTS.schema.names),
-        ", ".join(CANONICAL_EVENTS.sort_order),
-    )
+    columns = ", ".join(CANONICAL_EVENTS.schema.names)
     if not staged.files:
+        order = ", ".join(CANONICAL_EVENTS.sort_order)
         query = f"SELECT {columns} FROM timed ORDER BY {order}"
         _copy(connection, query, folder / "events.parquet")
         return
-    is_as_staged = not has_own and not fetch_one(connection, "SELECT count(*) FROM frequent")[0]
+    if not has_own and not fetch_one(connection, "SELECT count(*) FROM frequent")[0]:
+        _take_as_staged(staged.files, folder)
+        return
     for bucket in sorted({_bucket_of(file) for file in staged.files}):
-        own = [file for file in staged.files if _bucket_of(file) == bucket]
-        relation = parquet(own) if is_as_staged else f"timed WHERE user_bucket = {bucket}"
-        query = f"SELECT {columns} FROM {relation} ORDER BY {order}"
+        query = f"SELECT {columns} FROM timed WHERE user_bucket = {bucket}"
         _copy(connection, query, folder / f"events-{bucket:04d}-0000.parquet")
+
+
+def _take_as_staged(files: Sequence[Path], folder: Path) -> None:
+    """Move staged files to where the load's events belong."""
+    for number, file in enumerate(files):
+        target = folder / f"events-{_bucket_of(file):04d}-{number:04d}.parquet"
+        file.rename(target)
+        target.chmod(0o600)
 
 
 def _bucket_of(staged_file: Path) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 from uuid import uuid4
 
 import duckdb
@@ -45,6 +44,7 @@ from behavior_pipeline.storage import (
     working_alone,
     writing_folder,
 )
+from behavior_pipeline.warehouse.data_tests import run_tests, touched_scope
 from behavior_pipeline.warehouse.plan import Model, Plan, load_plan
 from behavior_pipeline.warehouse.readers import folders_read
 from behavior_pipeline.warehouse.state import (
@@ -61,10 +61,6 @@ from behavior_pipeline.warehouse.swap import database_aside, swap_in
 from behavior_pipeline.warehouse.variables import written_cutoff
 from behavior_pipeline.warehouse.workbench import EVENTS, Workbench
 from behavior_pipeline.windows import EvaluationWindows
-
-_WAY_OUT: Final = (
-    "The warehouse that analysts read stays as it was; correct what arrived and load it again."
-)
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,8 @@ def build_warehouse(
         from_nothing: build everybody, whatever is there.
 
     Raises:
-        PipelineError: if there are no events, or a model or a data test fails. The warehouse then
-            stays as it was.
+        PipelineError: if there are no events, or a model or a data test fails (FailedTestsError).
+            The warehouse then stays as it was.
     """
     with working_alone(storage):
         arrivals = loaded_arrivals(storage)
@@ -184,7 +180,7 @@ def _build_everybody(build: _Build, state: State | None, reason: str) -> Warehou
         bench.part = ""
         bench.clear_scope()
         _finish(bench, layers, is_new=True)
-        failures = _test(bench, {})
+        failures = run_tests(bench, {})
         num_users = _count_users(connection)
         write_state(connection, build.state(layers, num_users))
         summary = _summary(bench, reason, num_users, num_users, failures)
@@ -279,7 +275,7 @@ def _work_in(
     bench.clear_scope()
     _finish(bench, layers, is_new=False)
     newest = layers.layer_folder(layers.layers[-1]) if num_touched else None
-    failures = _test(bench, _touched_scope(bench, newest))
+    failures = run_tests(bench, touched_scope(bench, newest))
     num_users = _count_users(bench.connection)
     write_state(bench.connection, build.state(layers, num_users))
     return layers, _summary(bench, "", num_users, num_touched, failures)
@@ -328,34 +324,6 @@ def _finish(bench: Workbench, layers: Layers, *, is_new: bool) -> None:
             bench.renew(model)
         elif model.grain == "view" and is_new and model.name not in over_events:
             bench.create(model)
-
-
-def _test(bench: Workbench, scope: Mapping[str, str]) -> dict[str, int]:
-    """Run every data test on what was built.
-
-    Raises:
-        PipelineError: naming the tests that some rows fail.
-    """
-    for name, relation in scope.items():
-        bench.set_scope(name, relation)
-    failures = {test.name: bench.check(test) for test in bench.plan.tests}
-    bench.clear_scope()
-    failed = {name: rows for name, rows in failures.items() if rows}
-    if failed:
-        listed = "; ".join(f"{name} ({rows:,} rows)" for name, rows in failed.items())
-        raise PipelineError(f"Data tests of the warehouse failed: {listed}.", _WAY_OUT)
-    return failures
-
-
-def _touched_scope(bench: Workbench, folder: Path | None) -> dict[str, str]:
-    """Return the rows of the users touched, of each model that is stored by user."""
-    scope = {
-        model.name: f"FROM {bench.table(model)} WHERE user_id IN (SELECT user_id FROM {TOUCHED})"
-        for model in bench.plan.of_grain("user")
-    }
-    if folder is not None:
-        scope[EVENTS] = f"FROM {parquet([folder / EVENTS_FILE])}"
-    return scope
 
 
 def _summary(
