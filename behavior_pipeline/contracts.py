@@ -44,7 +44,7 @@ def _contract(
 
 CANONICAL_EVENTS: Final = _contract(
     "canonical_events",
-    ("user_id", "occurred_at", "event_id"),
+    ("user_id", "occurred_at", "event_id"),  # of a night; a bulk load's files keep no order
     ("event_id", pa.string(), "given, or a hash of the source row and its repeat number"),
     ("user_id", pa.string(), "who acted; never null or empty"),
     ("event_type", pa.string(), "what was done; never null or empty"),
