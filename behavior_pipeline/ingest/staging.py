@@ -13,6 +13,7 @@ from typing import Final
 
 import duckdb
 
+from behavior_pipeline.contracts import CANONICAL_EVENTS
 from behavior_pipeline.ingest.arrivals import EVENT_COLUMNS
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source
@@ -119,10 +120,14 @@ def placed(ingested_at: datetime, num_buckets: int) -> str:
 
 
 def _stage_on_disk(connection: duckdb.DuckDBPyConnection, query: str, folder: Path) -> list[Path]:
-    """Stream a query into Parquet files by bucket; `accepted` becomes a view of them."""
+    """Stream a query into Parquet files by bucket; `accepted` becomes a view of them.
+
+    In the contract's columns: they may become the arrival's files as they are.
+    """
     make_private_folder(folder)
+    columns = ", ".join(CANONICAL_EVENTS.schema.names)
     connection.execute(
-        f"COPY ({query}) TO {quote_text(str(folder))} (FORMAT parquet, COMPRESSION zstd, "
+        f"COPY (SELECT {columns} FROM ({query})) TO {quote_text(str(folder))} (FORMAT parquet, COMPRESSION zstd, "
         f"COMPRESSION_LEVEL 1, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, PARTITION_BY (user_bucket), "
         "WRITE_PARTITION_COLUMNS true, OVERWRITE_OR_IGNORE true)"
     )
