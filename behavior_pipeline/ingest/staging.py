@@ -128,7 +128,8 @@ def _stage_on_disk(connection: duckdb.DuckDBPyConnection, query: str, folder: Pa
     columns = ", ".join(CANONICAL_EVENTS.schema.names)
     connection.execute(
         f"COPY (SELECT {columns} FROM ({query})) TO {quote_text(str(folder))} "
-        f"(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, PARTITION_BY (user_bucket), "
+        "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, "
+        f"ROW_GROUP_SIZE {ROW_GROUP_ROWS}, PARTITION_BY (user_bucket), "
         "WRITE_PARTITION_COLUMNS true, OVERWRITE_OR_IGNORE true)"
     )
     files = sorted(folder.glob("user_bucket=*/*"))
