@@ -266,7 +266,14 @@ class BatchMaker:
         longest = max(self.encoder.max_events, self.config.max_future_events)
         sizes = tuple(len(part.rows) for part in parts)
         runs = [
-            Runs.of(part.lengths, size, 2 * self.max_users, longest, is_causal=number == 0)
+            Runs.of(
+                part.lengths,
+                size,
+                2 * self.max_users,
+                longest,
+                is_causal=number == 0,
+                kernel=self.config.attention,
+            )
             for number, (part, size) in enumerate(zip(parts, sizes, strict=True))
         ]
         return PackedLayout(tuple(runs), sizes)
