@@ -291,6 +291,21 @@ def test_a_batch_too_small_for_a_user_is_refused(skewed):
         maker(skewed, batch_tokens=64)
 
 
+def test_what_attends_changes_no_loss(skewed):
+    losses = []
+    for attention in ("varlen", "flex"):  # on a CPU they differ in how runs are arranged alone
+        made = maker(skewed, attention=attention)
+        torch.manual_seed(0)
+        encoder = Encoder(SHAPE)
+        objectives = Objectives(encoder, made.config)
+        batch = next(made.training())
+        encoder.eval()
+        objectives.eval()
+        losses.append(objectives(encoder, batch))
+    for name in ("next_event", "contrastive", "silence"):
+        torch.testing.assert_close(losses[0][name], losses[1][name], atol=1e-5, rtol=1e-5)
+
+
 def test_masked_copies_are_runs_of_the_batch_and_hidden_events_are_told(skewed):
     batch = next(maker(skewed).training())
     causal, both_ways = batch.run_lengths()
