@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_source_without_end_is_left_and_its_thread_ends():
 
 
 def test_an_error_comes_where_the_batch_would_have_come():
-    def broken():
+    def broken() -> Iterator[int]:
         yield 1
         raise ValueError("broken")
 

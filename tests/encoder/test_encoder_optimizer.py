@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from encoder_builders import SIZES
@@ -18,7 +20,7 @@ from behavior_pipeline.encoder.optimizer import Optimizer
 CONFIG = EncoderConfig.named("tiny", SIZES)
 
 
-def config(**changes) -> TrainingConfig:
+def config(**changes: Any) -> TrainingConfig:
     return TrainingConfig.named("tiny", **{"warmup_share": 0.0, "decay_share": 0.0, **changes})
 
 
