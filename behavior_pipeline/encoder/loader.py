@@ -4,46 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields, is_dataclass, replace
 from typing import Any, Final
-
-import torch
-from torch import Tensor
 
 _POLL_SECONDS: Final = 0.1
 """How often a waiting thread looks whether it is still wanted."""
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a dataclass with a function applied to every tensor in it, however deep."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        mapped = {
-            item.name: map_tensors(getattr(value, item.name), function)
-            for item in fields(value)
-            if item.init
-        }
-        return replace(value, **mapped)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(each, function) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(each, function) for each in value)
-    return value
-
-
-def pin(batch: Any) -> Any:
-    """Put a batch into memory that a GPU can copy from while it computes."""
-    return map_tensors(batch, Tensor.pin_memory)
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """Return a batch on a device, without waiting for the copy."""
-    if device.type == "cpu":
-        return batch
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.parallel import Processes
+from behavior_pipeline.encoder.training_batches import TrainingBatch
 
 PEAK_FLOPS: Final = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -26,21 +28,24 @@ class Work(NamedTuple):
     """What a training step on a batch computes.
 
     Attributes:
-        tokens: real tokens, padding left out, that go through the transformer, each pass counted.
-        flops: floating-point operations of the model, forward and backward; 0 if not known.
+        tokens: real tokens that go through the transformer: events and masked copies, no filler.
+        flops: floating-point operations of the model, forward and backward.
     """
 
     tokens: int
     flops: float
 
 
-Measure = Callable[[Any], Work]
-"""Tells the work of a training batch."""
+def work_of(encoder: Encoder, batch: TrainingBatch) -> Work:
+    """Return the work of a training step on a batch, which must be on a CPU.
 
-
-def events_alone(batch: Any) -> Work:
-    """Count a batch's events once each, and no operations."""
-    return Work(batch.num_events, 0.0)
+    The backward pass costs twice the forward pass. Heads, pooling and readout are left out, and so
+    is what is spent on filler.
+    """
+    causal, both_ways = batch.run_lengths()
+    forward = encoder.flops_per_pass(causal, causal=True)
+    forward += encoder.flops_per_pass(both_ways, causal=False)
+    return Work(batch.num_events + batch.num_masked_tokens, 3.0 * forward)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -138,7 +143,7 @@ class Meters:
 
         `events_per_second` and `tokens_per_second` are of all processes, `mfu` (model operations
         over what the devices could do at best: Chowdhery et al. 2022, appendix B) is given where
-        both are known. To be called after something that waited for the device.
+        the latter is known. To be called after something that waited for the device.
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
         counts = torch.tensor([self.events, *self.work], dtype=torch.float64)
@@ -148,7 +153,7 @@ class Meters:
             "tokens_per_second": tokens / seconds,
             "peak_memory_gigabytes": peak_memory_gigabytes(self.processes.device),
         }
-        if flops and self.peak:
+        if self.peak:
             found["mfu"] = flops / seconds / (self.peak * self.processes.count)
         self.restart()
         return found

@@ -15,35 +15,34 @@ from behavior_pipeline.encoder.schedule import rate_share
 BLOCKS: Final = "blocks."
 """What the name of a transformer block's parameter contains."""
 
-FUSED_PARTS: Final = {"query_key_value": 3}
-"""How many matrices the weight of a layer of that name holds, one below the other."""
-
 _BETAS: Final = (0.9, 0.98)
+_TINY: Final = 1e-6
 
 
 class Optimizer:
     """Updates the parameters of a model.
 
-    Matrices of the blocks may be kept in bfloat16 (precision `bfloat16`): then the optimizer holds
-    a float32 master of each, updates that one, and rounds it into the model.
+    The model may be kept in bfloat16 (precision `bfloat16`): then the optimizer holds a float32
+    master of each parameter, updates that one, and rounds it into the model.
 
     Args:
-        model: its block matrices are converted to bfloat16 if the configuration says so.
+        model: its parameters, float32, are converted to bfloat16 if the configuration says so.
         config: optimizer, rates, decay, clipping.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.config = config
         self.parameters = dict(model.named_parameters())
-        self.matrices = [name for name in self.parameters if self._is_block_matrix(name)]
         self.masters = self._make_masters()
         is_muon = config.optimizer == "muon"
-        self.by_muon = self.matrices if is_muon else []
-        self.muon = Muon([self.masters[n] for n in self.by_muon], list(map(_parts, self.by_muon)))
+        self.by_muon = [name for name in self.parameters if is_muon and self._is_for_muon(name)]
+        self.muon = Muon(
+            [self.masters[n] for n in self.by_muon], [_parts(model, n) for n in self.by_muon]
+        )
         self.by_adamw = [name for name in self.parameters if name not in set(self.by_muon)]
         self.adamw = self._make_adamw(model)
 
-    def _is_block_matrix(self, name: str) -> bool:
+    def _is_for_muon(self, name: str) -> bool:
         """Tell whether a parameter is a matrix of a transformer block."""
         return BLOCKS in name and self.parameters[name].ndim == 2  # noqa: PLR2004 - a matrix
 
@@ -51,9 +50,9 @@ class Optimizer:
         """Return what is updated in float32, by name: the parameters, or masters of them."""
         masters: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
         if self.config.precision == "bfloat16":
-            for name in self.matrices:
-                masters[name] = masters[name].float().clone()
-                self.parameters[name].data = masters[name].bfloat16()
+            masters = {name: master.clone() for name, master in masters.items()}
+            for name, parameter in self.parameters.items():
+                parameter.data = masters[name].bfloat16()
         return masters
 
     def _make_adamw(self, model: nn.Module) -> torch.optim.AdamW:
@@ -77,15 +76,22 @@ class Optimizer:
             The norm of the gradients before they were clipped, a scalar on the device: nothing here
             waits for it.
         """
-        norm = nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), self.config.gradient_norm, foreach=True
-        )
+        norm = self._clip()
         share = rate_share(step, self.config)
         self._step_adamw(share * self.config.learning_rate)
         self._step_muon(share * self.config.muon_learning_rate)
         self._round()
         for parameter in self.parameters.values():
             parameter.grad = None
+        return norm
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to the norm allowed; return the norm that they had, float32."""
+        found = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norms = torch._foreach_norm(found, 2, torch.float32)  # noqa: SLF001 - of all at once
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        torch._foreach_mul_(found, (self.config.gradient_norm / (norm + _TINY)).clamp(max=1.0))
         return norm
 
     def _step_adamw(self, rate: float) -> None:
@@ -105,10 +111,10 @@ class Optimizer:
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Bring the model's bfloat16 matrices up to date with their masters."""
+        """Bring a bfloat16 model up to date with its masters."""
         if self.config.precision == "bfloat16":
-            rounded: list[Tensor] = [self.parameters[name].data for name in self.matrices]
-            torch._foreach_copy_(rounded, [self.masters[name] for name in self.matrices])
+            rounded: list[Tensor] = [parameter.data for parameter in self.parameters.values()]
+            torch._foreach_copy_(rounded, list(self.masters.values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the masters and the state of both optimizers under names."""
@@ -140,9 +146,13 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _parts(name: str) -> int:
-    """Return how many matrices the parameter of a name holds."""
-    return next((parts for layer, parts in FUSED_PARTS.items() if f".{layer}." in name), 1)
+def _parts(model: nn.Module, name: str) -> int:
+    """Return how many matrices a parameter holds, one below the other."""
+    module, layer, _ = name.rsplit(".", 2)
+    if layer == "query_key_value":
+        return 3
+    is_gated = getattr(model.get_submodule(module), "kind", "") == "swiglu"
+    return 2 if layer == "widen" and is_gated else 1
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

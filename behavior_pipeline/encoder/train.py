@@ -35,7 +35,7 @@ from behavior_pipeline.encoder.configuration import (
     TrainingConfig,
 )
 from behavior_pipeline.encoder.inference import encode_files, read_out
-from behavior_pipeline.encoder.meters import Curves, Measure, events_alone, open_curves
+from behavior_pipeline.encoder.meters import Curves, open_curves
 from behavior_pipeline.encoder.parallel import Processes, joining
 from behavior_pipeline.encoder.resume import StateFile, digest_of_files, digest_of_folder
 from behavior_pipeline.encoder.sequence_files import Survey, sequence_files, survey
@@ -118,7 +118,6 @@ def train(
     log: Callable[[dict[str, Any]], None] = log_nothing,
     *,
     curves_folder: Path | None = None,
-    measure: Measure = events_alone,
     unfinished: Unfinished = "own",
 ) -> TrainingSummary:
     """Train an encoder and write its checkpoint.
@@ -138,7 +137,6 @@ def train(
         report: called after each step with (steps done, steps in all, losses in words).
         log: called at each validation with the history's newest entry.
         curves_folder: TensorBoard event files go here, if tensorboard is installed.
-        measure: the work of a batch, for throughput and MFU.
         unfinished: what becomes of the state of an unfinished training that is there. `own`: go on
             from it, refuse that of another training; `discard`: go on from it, remove that of
             another; `fresh`: remove it and begin anew.
@@ -154,11 +152,12 @@ def train(
     _check_vocabulary(facts, found, sequences_folder)
     with joining(config.device) as processes, _repeatable(config, processes.device):
         config = config.for_events(found.num_events, processes.count)
+        config = config.for_device(processes.device.type)
         identity = _identity(config, processes, digest_of_files(files), vocabulary_folder)
         state_file = StateFile(checkpoints_folder, identity)
         _make_way(state_file, processes, unfinished)
         shape = EncoderConfig.named(config.preset, facts.field_sizes)
-        run = TrainingRun(files, found, shape, config, processes, measure)
+        run = TrainingRun(files, found, shape, config, processes)
         with closing(_open_curves(curves_folder, processes)) as curves_out:
             run.fit(_watchers(processes, report, log, curves_out), state_file)
         checkpoint_id = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ from behavior_pipeline.encoder.cutoffs import (
     plan_cutoffs,
     window_rates,
 )
-from behavior_pipeline.encoder.loader import made_ahead, move, pin
-from behavior_pipeline.encoder.meters import Curves, LossSums, Measure, Meters, Work
+from behavior_pipeline.encoder.loader import made_ahead
+from behavior_pipeline.encoder.meters import Curves, LossSums, Meters, Work, work_of
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.optimizer import Optimizer
 from behavior_pipeline.encoder.parallel import (
@@ -62,13 +62,11 @@ class MicroBatch(NamedTuple):
     Attributes:
         number: its place in the stream of all processes' micro-batches.
         batch: on the host, pinned if a GPU will want it.
-        num_events: events in it: what it counts in the global batch.
         work: what the passes over it compute.
     """
 
     number: int
     batch: TrainingBatch
-    num_events: int
     work: Work
 
 
@@ -81,7 +79,6 @@ class TrainingRun:
         shape: of the encoder.
         config: the training.
         processes: those that share it.
-        measure: the work of a batch, for throughput and MFU.
     """
 
     def __init__(
@@ -91,11 +88,9 @@ class TrainingRun:
         shape: EncoderConfig,
         config: TrainingConfig,
         processes: Processes,
-        measure: Measure,
     ) -> None:
         self.config = config
         self.processes = processes
-        self.measure = measure
         self.batches = BatchMaker(files, shape, config, plan_cutoffs(found, config))
         self.encoder = Encoder(shape).to(processes.device)
         self.objectives = Objectives(self.encoder, config).to(processes.device)
@@ -143,36 +138,36 @@ class TrainingRun:
         self.encoder.eval()
 
     def _compile(self) -> None:
-        """Compile the transformer blocks, one kernel sequence for all of them."""
-        is_gpu = self.processes.device.type == "cuda"
-        if is_gpu if self.config.compile is None else self.config.compile:
+        """Compile the transformer blocks, one by one: so gradients can be summed in between."""
+        if self.config.compile:
             for block in self.encoder.blocks:
                 block.compile()
 
     def _own_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
         """Yield this process's micro-batches with their numbers, from where the steps are."""
-        first = self.num_steps * self.config.accumulate * self.processes.count
-        all_batches = zip(count(), self.batches.training(), strict=False)
-        return islice(all_batches, first + self.processes.rank, None, self.processes.count)
+        rank, world_size = self.processes.rank, self.processes.count
+        skip = self.num_steps * self.config.accumulate
+        numbers = count(skip * world_size + rank, world_size)
+        return zip(numbers, self.batches.training(rank, world_size, skip), strict=False)
 
     def _prepare(self, numbered: tuple[int, TrainingBatch]) -> MicroBatch:
         number, batch = numbered
         is_gpu = self.processes.device.type == "cuda"
-        ready = pin(batch) if is_gpu else batch
-        return MicroBatch(number, ready, batch.num_events, self.measure(batch))
+        ready = batch.pin_memory() if is_gpu else batch
+        return MicroBatch(number, ready, work_of(self.encoder, batch))
 
     def _step(self, reducer: Reducer, batches: Iterator[MicroBatch]) -> None:
         """Take one optimizer step; nothing here waits for the device."""
         group = [next(batches) for _ in range(self.config.accumulate)]
-        shares = reducer.shares([each.num_events for each in group])
+        shares = reducer.shares([each.batch.num_events for each in group])
         self.model.train()
         for each, share in zip(group, shares, strict=True):
             with reducer.passes(is_last=each is group[-1]):
                 losses = self._losses(reducer.replica, TRAINING, each.number, each.batch)
                 (losses["total"] * share).backward()  # type: ignore[no-untyped-call]
             for sums in (self.since_validation, self.since_look):
-                sums.add(losses, each.num_events)
-            self.meters.add(each.num_events, each.work)
+                sums.add(losses, each.batch.num_events)
+            self.meters.add(each.batch.num_events, each.work)
         self.gradient_norm = self.optimizer.step(self.num_steps)
         if self.averages is not None:
             self.averages.update()
@@ -184,10 +179,9 @@ class TrainingRun:
         """Return the losses of a micro-batch, whose number decides the random ones."""
         torch.manual_seed(seed_for(self.config.seed, kind, number))
         device = self.processes.device
-        precision = self.config.precision
-        is_low = device.type == "cuda" if precision == "auto" else precision != "float32"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_low):
-            losses: dict[str, Tensor] = module(move(batch, device))
+        is_mixed = self.config.precision == "autocast"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_mixed):
+            losses: dict[str, Tensor] = module(batch.to(device, non_blocking=True))
         return losses
 
     def _is_over(self) -> bool:

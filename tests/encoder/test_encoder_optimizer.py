@@ -106,11 +106,17 @@ def test_a_fused_projection_is_three_matrices():
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
     optimizer = Optimizer(model(), config())
     layers = {name.split(".")[-2] for name in optimizer.by_muon}
-    assert layers == {"query_key_value", "attention_out", "feedforward_in", "feedforward_out"}
+    assert layers == {"query_key_value", "attention_out", "widen", "narrow"}
     assert len(optimizer.by_muon) == 4 * CONFIG.num_layers
     assert sorted(optimizer.by_muon + optimizer.by_adamw) == sorted(optimizer.parameters)
     assert set(optimizer.muon.groups) == {(48, 48), (96, 48), (48, 96)}
     assert Optimizer(model(), config(optimizer="adamw")).by_muon == []
+
+
+def test_both_halves_of_a_gated_layer_are_matrices_of_their_own():
+    gated = EncoderConfig.named("tiny", SIZES, feedforward="swiglu")
+    module = torch.nn.ModuleDict({"encoder": Encoder(gated)})
+    assert (64, 48) in Optimizer(module, config()).muon.groups
 
 
 def test_adamw_alone_is_torch_s_and_spares_tables_norms_and_biases():
@@ -152,8 +158,7 @@ def test_bfloat16_matrices_follow_float32_masters(optimizer_name):
     settings = {"optimizer": optimizer_name, "learning_rate": 1e-5, "muon_learning_rate": 1e-5}
     low = Optimizer(rounded, config(precision="bfloat16", **settings))
     high = Optimizer(exact, config(precision="float32", **settings))
-    kinds = {rounded.get_parameter(name).dtype for name in low.matrices}
-    assert kinds == {torch.bfloat16}
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
     for step in range(20):
         for module in (rounded, exact):
             torch.manual_seed(step)
@@ -161,7 +166,7 @@ def test_bfloat16_matrices_follow_float32_masters(optimizer_name):
                 parameter.grad = torch.randn(parameter.shape).to(parameter.dtype)
         low.step(step)
         high.step(step)
-    for name in low.matrices:
+    for name in low.masters:
         master = low.masters[name]
         assert torch.equal(rounded.get_parameter(name), master.bfloat16())
         # Steps as small as these are lost in bfloat16 and add up in the masters.
