@@ -27,6 +27,7 @@ STATE_FILE: Final = ".unfinished-training.safetensors"
 _LAYOUT: Final = 1
 """Counts up when states of an earlier version of this code cannot be read any more."""
 
+_DIGEST_LENGTH: Final = 16
 _FOOTER_BYTES: Final = 8  # at a Parquet file's end: length of its footer, and the magic
 
 
@@ -59,6 +60,12 @@ class StateFile:
     def __init__(self, folder: Path, training: Mapping[str, Any]) -> None:
         self.path = folder / STATE_FILE
         self.training = json.loads(json.dumps({"layout": _LAYOUT, **training}, default=str))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that tell this training from others."""
+        content = json.dumps(self.training, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_LENGTH]
 
     def write(self, state: TrainingState) -> None:
         """Replace the state on disk; a kill at any moment leaves the old one or the new one."""
@@ -153,7 +160,7 @@ def digest_of_files(files: Sequence[Path]) -> str:
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         digest.update(_footer(path))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_DIGEST_LENGTH]
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -162,7 +169,7 @@ def digest_of_folder(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}\n".encode())
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_DIGEST_LENGTH]
 
 
 def _footer(path: Path) -> bytes:

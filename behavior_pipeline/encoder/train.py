@@ -136,7 +136,7 @@ def train(
         config: the training.
         report: called after each step with (steps done, steps in all, losses in words).
         log: called at each validation with the history's newest entry.
-        curves_folder: TensorBoard event files go here, if tensorboard is installed.
+        curves_folder: TensorBoard event files go to a folder in it, if tensorboard is installed.
         unfinished: what becomes of the state of an unfinished training that is there. `own`: go on
             from it, refuse that of another training; `discard`: go on from it, remove that of
             another; `fresh`: remove it and begin anew.
@@ -158,7 +158,7 @@ def train(
         _make_way(state_file, processes, unfinished)
         shape = EncoderConfig.named(config.preset, facts.field_sizes)
         run = TrainingRun(files, found, shape, config, processes)
-        with closing(_open_curves(curves_folder, processes)) as curves_out:
+        with closing(_open_curves(curves_folder, state_file, processes)) as curves_out:
             run.fit(_watchers(processes, report, log, curves_out), state_file)
         checkpoint_id = ""
         if processes.is_first:
@@ -230,9 +230,11 @@ def _make_way(state_file: StateFile, processes: Processes, unfinished: Unfinishe
     state_file.check()
 
 
-def _open_curves(folder: Path | None, processes: Processes) -> Curves:
-    """Return where curves go: nowhere but in the first process."""
-    return open_curves(folder if processes.is_first else None)
+def _open_curves(folder: Path | None, state_file: StateFile, processes: Processes) -> Curves:
+    """Return where curves go: a folder for each training, and nowhere but in the first process."""
+    if folder is None or not processes.is_first:
+        return open_curves(None)
+    return open_curves(folder / state_file.digest)
 
 
 def _watchers(
@@ -345,9 +347,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def figures_in_words(entry: dict[str, Any]) -> str:
+    """Return a history entry on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
+
+
 def _print_entry(entry: dict[str, Any]) -> None:
-    """Print a history entry on one line."""
-    sys.stdout.write("  ".join(f"{name} {value:.4g}" for name, value in entry.items()) + "\n")
+    """Print a history entry."""
+    sys.stdout.write(figures_in_words(entry) + "\n")
     sys.stdout.flush()
 
 

@@ -202,7 +202,8 @@ class TrainingRun:
             self._look(watchers.curves)
         if is_validation:
             entry = self._look_back(validation)
-            watchers.curves.add(entry, self.num_steps)
+            validated = {n: value for n, value in entry.items() if n.startswith("validation_")}
+            watchers.curves.add(validated, self.num_steps)
             watchers.log(entry)
             self.meters.restart()
         loss = self.latest.get("train_total")
