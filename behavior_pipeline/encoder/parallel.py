@@ -91,8 +91,8 @@ def pick_device(name: str) -> torch.device:
     """Return the device that a name means; `auto` prefers a GPU, under torchrun this process's."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
     return torch.device(name)
 
 
@@ -103,12 +103,12 @@ def joining(device_name: str) -> Iterator[Processes]:
     NCCL between GPUs, gloo between CPUs.
     """
     device = pick_device(device_name)
-    if device.type == "cuda":
+    is_gpu = device.type == "cuda"
+    if is_gpu:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield Processes(0, 1, device)
         return
-    is_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if is_gpu else "gloo", device_id=device if is_gpu else None)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)

@@ -151,10 +151,14 @@ class TrainingRun:
         return zip(numbers, self.batches.training(rank, world_size, skip), strict=False)
 
     def _prepare(self, numbered: tuple[int, TrainingBatch]) -> MicroBatch:
+        """Make a batch ready, in the thread that makes batches."""
         number, batch = numbered
-        is_gpu = self.processes.device.type == "cuda"
-        ready = batch.pin_memory() if is_gpu else batch
-        return MicroBatch(number, ready, work_of(self.encoder, batch))
+        work = work_of(self.encoder, batch)
+        if self.processes.device.type == "cuda":
+            # A thread begins with the first GPU, and pinning would take some of its memory.
+            torch.cuda.set_device(self.processes.device)
+            batch = batch.pin_memory()
+        return MicroBatch(number, batch, work)
 
     def _step(self, reducer: Reducer, batches: Iterator[MicroBatch]) -> None:
         """Take one optimizer step; nothing here waits for the device."""
