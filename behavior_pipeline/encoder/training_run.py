@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from behavior_pipeline.encoder.cutoffs import (
     plan_cutoffs,
     window_rates,
 )
-from behavior_pipeline.encoder.loader import made_ahead
 from behavior_pipeline.encoder.meters import Curves, LossSums, Meters, Work, work_of
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.optimizer import Optimizer
@@ -33,6 +33,7 @@ from behavior_pipeline.encoder.parallel import (
     Reducer,
     seed_for,
 )
+from behavior_pipeline.encoder.prefetch import made_ahead
 from behavior_pipeline.encoder.resume import StateFile, TrainingState
 from behavior_pipeline.encoder.schedule import rate_share
 from behavior_pipeline.encoder.sequence_files import Survey
@@ -126,7 +127,7 @@ class TrainingRun:
         self._compile()
         reducer = Reducer(self.model, self.processes)
         began = time.perf_counter() - self.seconds
-        with made_ahead(self._own_batches(), self.config.prefetch, self._prepare) as batches:
+        with closing(self._micro_batches()) as batches:
             self.meters.restart()
             while not self._is_over():
                 self._step(reducer, batches)
@@ -138,21 +139,27 @@ class TrainingRun:
         self.encoder.eval()
 
     def _compile(self) -> None:
-        """Compile the transformer blocks, one by one: so gradients can be summed in between."""
-        if self.config.compile:
-            for block in self.encoder.blocks:
-                block.compile()
+        """Compile all of a pass; with several processes block by block.
 
-    def _own_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
-        """Yield this process's micro-batches with their numbers, from where the steps are."""
+        A pass that is compiled as a whole hands over all its gradients at its end, when there is
+        nothing left to do while they are summed.
+        """
+        if self.config.compile:
+            parts = self.encoder.blocks if self.processes.is_parallel else [self.objectives]
+            for part in parts:
+                part.compile()
+
+    def _micro_batches(self) -> Generator[MicroBatch]:
+        """Yield this process's micro-batches from where the steps are, made ahead by a thread."""
         rank, world_size = self.processes.rank, self.processes.count
         skip = self.num_steps * self.config.accumulate
         numbers = count(skip * world_size + rank, world_size)
-        return zip(numbers, self.batches.training(rank, world_size, skip), strict=False)
+        drawn = self.batches.training(rank, world_size, skip)
+        prepared = map(self._prepare, numbers, drawn)
+        yield from made_ahead(prepared, self.config.prefetch) if self.config.prefetch else prepared
 
-    def _prepare(self, numbered: tuple[int, TrainingBatch]) -> MicroBatch:
+    def _prepare(self, number: int, batch: TrainingBatch) -> MicroBatch:
         """Make a batch ready, in the thread that makes batches."""
-        number, batch = numbered
         work = work_of(self.encoder, batch)
         if self.processes.device.type == "cuda":
             # A thread begins with the first GPU, and pinning would take some of its memory.
