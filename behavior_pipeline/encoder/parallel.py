@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -174,7 +174,6 @@ class Reducer:
         self.model = model
         self.processes = processes
         self.replica = _replicate(model, processes) if processes.is_parallel else model
-        self.knows_graph = False
 
     def shares(self, weights: Sequence[float]) -> list[float | Tensor]:
         """Return what each of this process's micro-batches counts in the global batch.
@@ -189,24 +188,20 @@ class Reducer:
         own = own.to(self.processes.device, non_blocking=True)
         return list((own * self.processes.count / self.processes.sum(own.sum())).unbind())
 
-    @contextmanager
-    def passes(self, *, is_last: bool) -> Iterator[None]:
-        """Surround a micro-batch's passes: gradients are summed over processes in the last alone.
-
-        And in those of the first step, in which the reducer learns the graph: a sum of what was
-        summed before and is alike everywhere, divided by the number of processes, is itself.
-        """
-        is_summed = is_last or not self.knows_graph
-        if isinstance(self.replica, DistributedDataParallel) and not is_summed:
-            with self.replica.no_sync():
-                yield
-        else:
-            yield
-        self.knows_graph = self.knows_graph or is_last
+    def passes(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of a micro-batch's passes: gradients are summed in the last alone."""
+        if isinstance(self.replica, DistributedDataParallel) and not is_last:
+            context: AbstractContextManager[None] = self.replica.no_sync()
+            return context
+        return nullcontext()
 
 
 def _replicate(model: Model, processes: Processes) -> DistributedDataParallel:
-    """Wrap a model so that its gradients are averaged while they are made."""
+    """Wrap a model so that its gradients are averaged while they are made.
+
+    The graph is not declared static: the reducer would then leave out for good, without a word,
+    what the first batch had no use for. `_TouchAll` makes looking for such parameters needless.
+    """
     is_gpu = processes.device.type == "cuda"
     return DistributedDataParallel(
         model,
@@ -214,5 +209,4 @@ def _replicate(model: Model, processes: Processes) -> DistributedDataParallel:
         broadcast_buffers=False,
         bucket_cap_mb=_BUCKET_MEGABYTES,
         gradient_as_bucket_view=True,
-        static_graph=True,
     )

@@ -73,6 +73,23 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, accumulate
     assert moved < 1e-3  # some 30 times less than eight steps at a rate of 2e-3 can move a weight
 
 
+def test_a_head_that_one_process_has_no_use_for_counts_as_zero_there(tmp_path):
+    out = tmp_path / "gradients.json"
+    program = Path(__file__).with_name("unused_head.py")
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(program), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    nobody, one, both, nobody_again = json.loads(out.read_text())
+    assert nobody == nobody_again == 0.0
+    assert one == pytest.approx(both / 2)
+    assert both > 0
+
+
 @dataclass
 class Numbers:
     """A batch of numbers, each an event."""
