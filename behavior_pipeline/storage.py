@@ -88,6 +88,11 @@ class Storage:
         return self.home / "checkpoints"
 
     @property
+    def training_curves(self) -> Path:
+        """TensorBoard event files of trainings, if tensorboard is installed."""
+        return self.home / "training_curves"
+
+    @property
     def live_checkpoint(self) -> Path:
         """The pointer to the checkpoint that nightly embeddings use: `{"checkpoint_id": …}`."""
         return self.checkpoints / "live.json"

@@ -1,16 +1,19 @@
 """Stage 3 in Dagster: the checkpoint and its untrained control."""
 
 from datetime import timedelta
+from typing import Any
 
 import dagster as dg
 
 from behavior_pipeline.defs.loggers import report_to
+from behavior_pipeline.defs.loss_curve import draw_losses
+from behavior_pipeline.defs.metadata import drawing
 from behavior_pipeline.defs.partitions import ENCODER
 from behavior_pipeline.defs.resources import PipelineResource
 from behavior_pipeline.encoder.checkpoints import write_untrained
 from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder, point_to
-from behavior_pipeline.encoder.train import train
+from behavior_pipeline.encoder.train import TrainingSummary, figures_in_words, train
 from behavior_pipeline.pipeline import Pipeline
 
 
@@ -26,6 +29,22 @@ def training_config(opened: Pipeline) -> TrainingConfig:
     )
 
 
+def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
+    """Return what the UI shows of a training: its sizes, its last figures, its curves."""
+    last = summary.history[-1]
+    shown = ("train_total", "validation_total", "tokens_per_second", "mfu", "peak_memory_gigabytes")
+    return {
+        "num_steps": summary.num_steps,
+        "num_events_seen": summary.num_events_seen,
+        "events_per_second": summary.events_per_second,
+        "best_step": summary.best_step,
+        "seconds": summary.seconds,
+        **{name: last[name] for name in shown if name in last},
+        "checkpoint_id": summary.checkpoint_id,
+        "losses": drawing(draw_losses(summary.history), "Losses by step"),
+    }
+
+
 @dg.asset(
     group_name="encoder",
     deps=["training_sequences", "vocabulary"],
@@ -38,7 +57,10 @@ def training_config(opened: Pipeline) -> TrainingConfig:
 def checkpoint(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
 ) -> dg.MaterializeResult[None]:
-    """The pretrained behavioural transformer that nightly embeddings use from now on."""
+    """The pretrained behavioural transformer that nightly embeddings use from now on.
+
+    A training that was killed goes on where it was, as long as its sequences are the same.
+    """
     opened = pipeline.open()
     storage = opened.storage
     summary = train(
@@ -47,16 +69,12 @@ def checkpoint(
         storage.checkpoints,
         training_config(opened),
         report=report_to(context, "training"),
+        log=lambda entry: context.log.info(figures_in_words(entry)),
+        curves_folder=storage.training_curves,
+        unfinished="discard",
     )
     point_to(storage.checkpoints, LIVE, summary.checkpoint_id)
-    return dg.MaterializeResult(
-        metadata={
-            "num_steps": summary.num_steps,
-            "num_events_seen": summary.num_events_seen,
-            "events_per_second": summary.events_per_second,
-            "checkpoint_id": summary.checkpoint_id,
-        }
-    )
+    return dg.MaterializeResult(metadata=training_metadata(summary))
 
 
 @dg.asset(group_name="encoder", deps=[checkpoint], kinds={"pytorch"})

@@ -33,8 +33,13 @@ def row_count(rows: int, *, is_partition: bool = True) -> dict[str, int]:
 
 
 def picture(path: Path, alternative: str) -> dg.MarkdownMetadataValue:
-    """Embed a PNG, so that it shows without access to the file."""
-    encoded = base64.b64encode(path.read_bytes()).decode()
+    """Embed a PNG file, so that it shows without access to the file."""
+    return drawing(path.read_bytes(), alternative)
+
+
+def drawing(content: bytes, alternative: str) -> dg.MarkdownMetadataValue:
+    """Embed a PNG."""
+    encoded = base64.b64encode(content).decode()
     return dg.MetadataValue.md(f"![{alternative}](data:image/png;base64,{encoded})")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from behavior_pipeline.contracts import TOKEN_FIELDS
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.model_card import model_card
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.storage import writing_folder
 
@@ -24,6 +25,10 @@ CONFIG: Final = "config.json"
 TRAINING: Final = "training.json"
 VOCABULARY: Final = "vocabulary.json"
 TOKENS: Final = "tokens.parquet"
+CARD: Final = "README.md"
+ID_LENGTH: Final = 16
+"""Hex digits of a checkpoint id."""
+
 _HASHED: Final = (WEIGHTS, CONFIG, VOCABULARY, TOKENS)
 
 
@@ -67,7 +72,8 @@ def save_checkpoint(
         vocabulary_folder: `vocabulary.json` and `tokens.parquet` are copied from it.
         checkpoints_folder: where checkpoints live.
         trained_through: every event that weights or vocabulary know of is before this.
-        training: JSON values that tell how it was trained; not part of the content hash.
+        training: JSON values that tell how it was trained; neither they nor the card made of
+            them are part of the content hash.
     """
     files = _contents(encoder, vocabulary_folder)
     checkpoint_id = _content_hash(files, trained_through)
@@ -78,6 +84,7 @@ def save_checkpoint(
             for name, content in files.items():
                 (aside / name).write_bytes(content)
             (aside / TRAINING).write_bytes(_json_bytes(about))
+            (aside / CARD).write_text(model_card(encoder.config, about, checkpoint_id))
     return folder
 
 
@@ -192,7 +199,7 @@ def _content_hash(files: Mapping[str, bytes], trained_through: datetime) -> str:
     for name in sorted(files):
         digest.update(f"\n{name} {len(files[name])}\n".encode())
         digest.update(files[name])
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:ID_LENGTH]
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -11,6 +11,8 @@ from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.errors import PipelineError
 
 PRESETS: Final = ("tiny", "small", "base")
+OPTIMIZERS: Final = ("muon", "adamw")
+PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
 NORMS: Final = ("rms", "layer")
 FEEDFORWARDS: Final = ("squared_relu", "gelu", "swiglu")
 
@@ -152,10 +154,17 @@ class TrainingConfig:
     max_steps: int = 700  # optimiser steps at the most
     max_passes: float = 3.5  # passes over the events at the most, but at least MIN_STEPS steps
     batch_tokens: int = 4096  # tokens of a batch: histories, what follows, masked copies
-    learning_rate: float = 2e-3  # at the end of warm-up
+    accumulate: int = 1  # micro-batches of each process in a step
+    optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; AdamW for all the rest
+    learning_rate: float = 2e-3  # of AdamW at the end of warm-up
+    muon_learning_rate: float = 2e-3  # of Muon at the end of warm-up, on AdamW's scale
     warmup_share: float = 0.1  # share of the steps in which the rate rises
+    decay_share: float = 0.5  # last share of the steps, in which the rate falls to 0
     weight_decay: float = 0.05  # of matrices; none on biases, norms and tables
     gradient_norm: float = 1.0  # gradients are clipped to this norm
+    ema_decay: float = 0.99  # of the averaged weights; 0 keeps none
+    precision: str = "auto"  # float32, autocast or bfloat16; auto: bfloat16 on a GPU
+    compile: bool | None = None  # whether torch.compile is used; None: on a GPU
     horizon_days: float = 30.0  # how far ahead the readout at a cutoff learns to look
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
     cutoffs_per_user: int = 3  # cutoffs read out from one pass over a user's events
@@ -173,10 +182,30 @@ class TrainingConfig:
     max_validation_users: int = 512  # validation users at the most
     patience: int = 6  # validations without a better loss before training stops
     shuffle_users: int = 16_384  # users in the shuffle buffer: what is in memory at once
+    prefetch: int = 4  # micro-batches made ahead by a thread; 0 makes them in the loop
+    log_every: int = 10  # steps between looks at the meters, each of which waits for the device
+    save_every: int = 100  # steps between training states on disk; 0 writes none
     threads: int | None = None  # of torch on a CPU; part of what makes a run repeatable
     attention: str = "varlen"  # what attends on a GPU: varlen or flex
     device: str = "auto"  # cpu, cuda or auto
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            ValueError: naming the field at fault.
+        """
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}")
+        if min(self.accumulate, self.validate_every, self.log_every) < 1:
+            raise ValueError("accumulate, validate_every and log_every must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError("ema_decay must be at least 0 and below 1")
+        if min(self.warmup_share, self.decay_share) < 0:
+            raise ValueError("warmup_share and decay_share must not be negative")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> TrainingConfig:
@@ -193,7 +222,8 @@ class TrainingConfig:
                 "max_steps": 10_000, "max_passes": 20.0, "batch_tokens": 131_072,
                 "learning_rate": 3e-4, "max_future_events": 128, "masked_row_share": 0.5,
                 "num_negatives": 4096, "validate_every": 250, "max_validation_users": 4096,
-                "shuffle_users": 131_072,
+                "shuffle_users": 131_072, "muon_learning_rate": 3e-4, "ema_decay": 0.999,
+                "save_every": 500,
             },
         }  # fmt: skip
         given = {key: value for key, value in changes.items() if value is not None}
@@ -210,10 +240,21 @@ class TrainingConfig:
         """Tokens of a batch that attend causally: each event of a user once."""
         return self.batch_tokens - self.masked_tokens
 
-    def for_events(self, num_events: int) -> TrainingConfig:
+    def for_events(self, num_events: int, num_processes: int = 1) -> TrainingConfig:
         """Return the configuration with no more steps than `max_passes` over the events take."""
-        needed = math.ceil(self.max_passes * num_events / self.causal_tokens)
+        step_tokens = self.causal_tokens * self.accumulate * num_processes
+        needed = math.ceil(self.max_passes * num_events / step_tokens)
         return replace(self, max_steps=min(self.max_steps, max(MIN_STEPS, needed)))
+
+    def for_device(self, kind: str) -> TrainingConfig:
+        """Return the configuration with what a kind of device, cpu or cuda, decides."""
+        is_gpu = kind == "cuda"
+        precision = ("bfloat16" if is_gpu else "float32") if self.precision == "auto" else ""
+        return replace(
+            self,
+            precision=precision or self.precision,
+            compile=is_gpu if self.compile is None else self.compile,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -41,11 +41,11 @@ def prefetched(batches: Iterator[Batch], device: torch.device, depth: int = 3) -
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    for batch in _from_thread((batch.pin_memory() for batch in batches), depth):
+    for batch in made_ahead((batch.pin_memory() for batch in batches), depth):
         yield batch.to(device, non_blocking=True)
 
 
-def _from_thread(batches: Iterator[Item], depth: int) -> Iterator[Item]:
+def made_ahead(batches: Iterator[Item], depth: int) -> Iterator[Item]:
     """Yield what a thread makes ahead; the thread ends when the caller stops."""
     made: queue.Queue[Any] = queue.Queue(depth)
     is_over = threading.Event()

@@ -15,7 +15,8 @@ from behavior_pipeline.encoder.checkpoints import (
     save_checkpoint,
     write_untrained,
 )
-from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
+from behavior_pipeline.encoder.train import train
 from behavior_pipeline.errors import PipelineError
 
 CONFIG = EncoderConfig.named("tiny", SIZES)
@@ -87,3 +88,31 @@ def test_the_untrained_control_depends_on_the_seed_alone(folders):
     assert checkpoint.training["is_untrained"]
     assert checkpoint.trained_through == CUTOFF
     assert not checkpoint.encoder.prior().any()
+
+
+def test_the_card_tells_what_it_was_trained_on_and_is_not_hashed(folders):
+    config = TrainingConfig.named("tiny", max_steps=4, validate_every=2, threads=1)
+    summary = train(*folders, config)
+    card = (summary.folder / "README.md").read_text()
+    losses = summary.history[summary.best_step // 2 - 1]
+    for told in (
+        f"`{summary.checkpoint_id}`",
+        "| users | 59 |",
+        "| trained through (exclusive) | 2024-07-01 |",
+        f"| vocabulary | {VOCABULARY_ID} |",
+        f"| weights kept | of step {summary.best_step}",
+        f"| contrastive | 1 | {losses['train_contrastive']:.4g} |",
+        "`untrained.json`",
+        "event at or after 2024-07-01",
+    ):
+        assert told in card
+    (summary.folder / "README.md").write_text("other words")
+    assert load_checkpoint(summary.folder).checkpoint_id == summary.checkpoint_id
+
+
+def test_the_untrained_control_has_a_card_as_well(folders):
+    folder = write_untrained(folders.vocabulary, folders.checkpoints, "tiny", 0)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# An untrained control")
+    assert "## Training" not in card
+    assert "None" not in card

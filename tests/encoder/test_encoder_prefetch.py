@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from behavior_pipeline.encoder.prefetch import (
-    _from_thread,
+    made_ahead,
     prefetched,
 )
 
 
 def test_a_thread_yields_everything_in_order():
-    assert list(_from_thread(iter(range(20)), 2)) == list(range(20))
+    assert list(made_ahead(iter(range(20)), 2)) == list(range(20))
 
 
 def test_an_error_is_raised_where_the_batch_would_have_been():
@@ -23,7 +23,7 @@ def test_an_error_is_raised_where_the_batch_would_have_been():
         yield 1
         raise OSError("no such file")
 
-    made = _from_thread(broken(), 2)
+    made = made_ahead(broken(), 2)
     assert next(made) == 1
     with pytest.raises(OSError, match="no such file"):
         next(made)
@@ -38,7 +38,7 @@ def test_the_thread_ends_with_its_user_and_works_no_further_than_asked():
             yield number
 
     before = threading.active_count()
-    made = _from_thread(endless(), 2)
+    made = made_ahead(endless(), 2)
     assert list(islice(made, 3)) == [0, 1, 2]
     time.sleep(0.3)
     assert len(seen) <= 3 + 2 + 1

@@ -14,7 +14,8 @@ from encoder_builders import CUTOFF, random_rows, user_row, write_folders
 
 from behavior_pipeline.encoder.checkpoints import load_checkpoint
 from behavior_pipeline.encoder.configuration import TrainingConfig
-from behavior_pipeline.encoder.train import learning_rate, train
+from behavior_pipeline.encoder.schedule import rate_share
+from behavior_pipeline.encoder.train import train
 from behavior_pipeline.errors import PipelineError
 
 OBJECTIVES = {"masked_event", "next_event", "contrastive", "silence", "total"}
@@ -110,13 +111,13 @@ def test_another_or_a_later_vocabulary_is_refused(folders):
         train(*folders, tiny())
 
 
-def test_the_rate_warms_up_and_falls():
-    config = tiny(max_steps=100, learning_rate=1.0)
-    rates = [learning_rate(step, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == pytest.approx(1.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.05, abs=0.01)
+def test_the_rate_warms_up_stays_and_falls_to_zero():
+    config = tiny(max_steps=100, warmup_share=0.1, decay_share=0.3)
+    shares = [rate_share(step, config) for step in range(101)]
+    assert shares[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert set(shares[10:71]) == {1.0}
+    assert shares[70:] == pytest.approx([1 - step / 30 for step in range(31)])
+    assert rate_share(0, tiny(max_steps=1, warmup_share=0.0, decay_share=0.0)) == 1.0
 
 
 def test_an_unknown_preset_is_refused():
