@@ -11,6 +11,8 @@ from behavior_pipeline.contracts import NUM_SPECIAL_IDS, TOKEN_FIELDS
 from behavior_pipeline.errors import PipelineError
 
 PRESETS: Final = ("tiny", "small", "base")
+MODEL_TYPE: Final = "behavior-encoder"
+"""What config.json calls the model, so that other programs know which class reads it."""
 
 MIN_STEPS: Final = 100
 """Few data are passed over as often as this takes: a warm-up alone teaches nothing."""
@@ -74,16 +76,23 @@ class EncoderConfig:
         return cls(**{"field_sizes": dict(field_sizes), **shapes[name], **changes})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {**asdict(self), "field_sizes": dict(self.field_sizes)}
+        """Return the fields as JSON values, and what kind of model they describe."""
+        return {
+            **asdict(self),
+            "field_sizes": dict(self.field_sizes),
+            "model_type": MODEL_TYPE,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderConfig:
-        """Read what `to_json` returned.
+        """Read what `to_json` returned; older content does not say the kind of model.
 
         Raises:
-            ValueError: if a field is unknown or missing.
+            ValueError: if a field is unknown or missing, or it describes another kind of model.
         """
+        content = dict(content)
+        if (found := content.pop("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(f"config.json describes a {found}, not a {MODEL_TYPE}")
         known = {item.name for item in fields(cls)}
         if set(content) != known:
             odd = sorted(set(content) ^ known)
