@@ -1,12 +1,14 @@
 """The behavioural encoder: events to hidden states, to a state, to an embedding at a cutoff.
 
-Legend of shapes: B users, T events, D width, K history scalars, S = D + K width of a state.
+The transformer runs on flat tokens; see `layouts.py` for who attends to whom.
+
+Legend of shapes: N tokens, B users, T events, D width, K history scalars, S = D + K width of a
+state, H heads, W width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -15,148 +17,62 @@ from torch import Tensor, nn
 from behavior_pipeline.encoder.batches import EventBatch
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.embedder import EventEmbedder
-from behavior_pipeline.encoder.history import (
-    HISTORY_SCALARS,
-    SILENCE_SCALARS,
-    days_before_last,
-    elapsed_days,
-    history_scalars,
-    silence_scalars,
-)
-from behavior_pipeline.encoder.time_encoding import RotaryClock, TimeEncoding, rotate
+from behavior_pipeline.encoder.flops import pass_flops
+from behavior_pipeline.encoder.history import HISTORY_SCALARS, Prefixes, history_at
+from behavior_pipeline.encoder.layers import FeedForward, Linear, initialise, make_norm
+from behavior_pipeline.encoder.layouts import Ints, Layout
+from behavior_pipeline.encoder.packing import Tokens
+from behavior_pipeline.encoder.pooling import NUM_SCALARS, CausalPass, Pooling, Readout
+from behavior_pipeline.encoder.time_encoding import RotaryClock, rotate
 
-NUM_SCALARS = len(HISTORY_SCALARS) + len(SILENCE_SCALARS)
-"""How many of an embedding's first dimensions carry named scalars (history, then silence)."""
-
-
-@dataclass(frozen=True)
-class CausalPass:
-    """A batch's events before and after the causal transformer, (B, T, D) each.
-
-    What stands at a place depends on no event after it, so the pass can be pooled at every one.
-    """
-
-    events: Tensor
-    hidden: Tensor
+__all__ = ["NUM_SCALARS", "CausalPass", "Encoder"]
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block (Xiong et al. 2020, figure 1b)."""
+    """A pre-norm transformer block (Xiong et al. 2020, figure 1b).
+
+    Queries and keys are normalised per head before they are turned (Henry et al. 2020), which
+    bounds the attention logits and lets learning rates be higher.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        width, biased = config.width, config.has_biases
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
-        self.attention_out = nn.Linear(config.width, config.width)
-        self.feedforward_norm = nn.LayerNorm(config.width)
-        self.feedforward_in = nn.Linear(config.width, config.feedforward_width)
-        self.feedforward_out = nn.Linear(config.feedforward_width, config.width)
+        self.attention_norm = make_norm(config, width)
+        self.query_key_value = Linear(width, 3 * width, bias=biased)
+        self.query_norm, self.key_norm = (
+            make_norm(config, width // config.num_heads)
+            if config.has_query_key_norm
+            else nn.Identity()
+            for _ in range(2)
+        )
+        self.attention_out = Linear(width, width, bias=biased)
+        self.feedforward_norm = make_norm(config, width)
+        self.feedforward = FeedForward(config)
 
-    def forward(self, hidden: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor | None) -> Tensor:
-        """Advance hidden states (B, T, D).
+    def forward(self, hidden: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """Advance hidden states (N, D).
 
         Args:
             hidden: states so far.
             turn: cosines and sines of the rotary clock.
-            keys: which places may be attended to, (B, 1, 1, T); None attends causally.
+            layout: which tokens attend to which.
         """
-        hidden = hidden + self._drop(self._attend(self.attention_norm(hidden), turn, keys))
-        inner = F.gelu(self.feedforward_in(self.feedforward_norm(hidden)))
-        return hidden + self._drop(self.feedforward_out(inner))
+        hidden = hidden + self._drop(self._attend(self.attention_norm(hidden), turn, layout))
+        return hidden + self._drop(self.feedforward(self.feedforward_norm(hidden)))
 
-    def _attend(self, x: Tensor, turn: tuple[Tensor, Tensor], keys: Tensor | None) -> Tensor:
-        batch, length, width = x.shape
-        split = self.query_key_value(x).view(batch, length, 3, self.num_heads, -1)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        query, key = (rotate(part, *turn).to(value.dtype) for part in (query, key))
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=keys, is_causal=keys is None
-        )
-        out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+    def _attend(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        split = self.query_key_value(x).view(len(x), 3, self.num_heads, -1)
+        query, key, value = split.unbind(1)
+        query = rotate(self.query_norm(query), *turn).to(value.dtype)
+        key = rotate(self.key_norm(key), *turn).to(value.dtype)
+        out: Tensor = self.attention_out(layout.attend(query, key, value).flatten(1))
         return out
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
-
-
-class Pooling(nn.Module):
-    """A history as one summary (B, D).
-
-    Reads the last hidden state, the mean, and the mean weighted by exp(-days before the last
-    event / recent_days), and the same two means of the events as they were before the transformer,
-    each normalised, through one linear layer. The events' own means keep what a user did readable
-    whatever the transformer makes of it.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.recent_days = config.recent_days
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(5))
-        self.mix = nn.Linear(5 * config.width, config.width)
-
-    def forward(self, passed: CausalPass, gap_days: Tensor, lengths: Tensor) -> Tensor:
-        """Pool a pass over the first `lengths` (B,) events of each history."""
-        ago, valid = days_before_last(gap_days, lengths)
-        places = torch.arange(gap_days.shape[1], device=gap_days.device)
-        weights = torch.stack(
-            (
-                (places == (lengths - 1)[:, None]).float(),
-                valid.float(),
-                valid * torch.exp(-ago / self.recent_days),
-            ),
-            dim=1,
-        )
-        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
-        weights = weights.to(passed.hidden.dtype)
-        means = weights[:, 1:] @ passed.events.to(weights.dtype)
-        pooled = torch.cat((weights @ passed.hidden, means), dim=1)
-        normed = [norm(pooled[:, place]) for place, norm in enumerate(self.norms)]
-        summary: Tensor = self.mix(torch.cat(normed, dim=1))
-        return summary
-
-
-class Readout(nn.Module):
-    """A state and the silence since its last event as the embedding at a cutoff (B, D).
-
-    The first NUM_SCALARS dimensions are the named scalars, each with a learned gain, so that
-    recency and frequency stay readable by a line and by a tree; the others are
-    LayerNorm(linear + two-layer perceptron) of the summary, the scalars and the encoded silence.
-    """
-
-    prior: Tensor
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        learned = config.width - NUM_SCALARS
-        if learned < NUM_SCALARS:
-            raise ValueError(f"width must be at least {2 * NUM_SCALARS}")
-        self.num_history = len(HISTORY_SCALARS)
-        self.silence = TimeEncoding(
-            config.width, config.num_time_buckets, config.num_sinusoids, config.time_window_days
-        )
-        self.inner = nn.Linear(2 * config.width + NUM_SCALARS, 2 * config.width)
-        self.outer = nn.Linear(2 * config.width, learned)
-        self.straight = nn.Linear(config.width + NUM_SCALARS, learned)
-        self.norm = nn.LayerNorm(learned)
-        self.gains = nn.Parameter(torch.ones(NUM_SCALARS))
-        self.dropout = config.dropout
-        # What a user without any history gets: the mean over the users trained on.
-        self.register_buffer("prior", torch.zeros(config.width))
-
-    def forward(self, state: Tensor, silence_days: Tensor) -> Tensor:
-        """Read states (B, S) out at `silence_days` (B,) after their last events."""
-        summary, history = state[:, : -self.num_history], state[:, -self.num_history :]
-        silence_days = silence_days.float().clamp(min=0.0)
-        scalars = torch.cat((history, silence_scalars(history, silence_days)), dim=1)
-        known = torch.cat((summary, scalars.to(summary.dtype)), dim=1)
-        inner = F.gelu(self.inner(torch.cat((known, self.silence(silence_days)), dim=1)))
-        inner = F.dropout(inner, self.dropout, self.training)
-        learned = self.norm(self.outer(inner) + self.straight(known))
-        embedding = torch.cat((scalars * self.gains, learned.float()), dim=1)
-        # The first scalar is log(1 + number of events): zero only for an empty history.
-        return torch.where(history[:, :1] > 0, embedding, self.prior)
 
 
 class Encoder(nn.Module):
@@ -168,10 +84,10 @@ class Encoder(nn.Module):
         self.embedder = EventEmbedder(config)
         self.clock = RotaryClock(config.width // config.num_heads)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.width)
+        self.final_norm = make_norm(config, config.width)
         self.pooling = Pooling(config)
         self.readout_layer = Readout(config)
-        self.apply(_initialise)
+        self.apply(initialise)
         for block in self.blocks:
             _shrink(block, config.num_layers)
 
@@ -222,8 +138,31 @@ class Encoder(nn.Module):
         }  # fmt: skip
         ids = {"action": action_ids, "category": property_ids}
         ids |= {name: values for name, values in optional.items() if values is not None}
-        _check_shapes(ids, time_gaps)
-        batch = EventBatch.from_tensors(ids, time_gaps, silence_days, before)
+        return self.encode(ids, time_gaps, silence_days=silence_days, before=before)
+
+    def encode(
+        self,
+        ids: Mapping[str, Tensor],
+        gap_days: Tensor,
+        *,
+        silence_days: Tensor | None = None,
+        before: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Embed histories of whatever fields the configuration declares; see `forward`.
+
+        Args:
+            ids: per field ids (B, T), numbers (B, T) or codes (B, T, k); a place where the
+                configuration's `event_field` is 0 holds no event.
+            gap_days: days since the event before, (B, T).
+            silence_days: as in `forward`.
+            before: as in `forward`.
+
+        Raises:
+            ValueError: if the tensors' shapes do not agree, or a field is not declared.
+        """
+        event_field = self.config.event_field
+        _check_shapes(ids, gap_days, event_field)
+        batch = EventBatch.from_tensors(ids, gap_days, silence_days, before, event_field)
         passed = self.causal_pass(batch)
         state = self.pool(passed, batch)
         return {
@@ -239,21 +178,21 @@ class Encoder(nn.Module):
             batch: events, right padded.
             is_causal: whether an event sees only itself and those before, or all of its user's.
         """
-        return self._transform(self.embedder(batch.ids, batch.gap_days), batch, is_causal)
+        return self.transform(batch.tokens(is_causal=is_causal)).hidden.view(batch.shape)
 
     def causal_pass(self, batch: EventBatch) -> CausalPass:
-        """Run the transformer forwards; keep what went in beside what came out."""
-        events = self.embedder(batch.ids, batch.gap_days)
-        return CausalPass(events, self._transform(events, batch, is_causal=True))
+        """Run the transformer forwards; keep what went in beside what came out, (B, T, D)."""
+        passed = self.transform(batch.tokens(is_causal=True))
+        return CausalPass(passed.events.view(batch.shape), passed.hidden.view(batch.shape))
 
-    def _transform(self, x: Tensor, batch: EventBatch, is_causal: bool) -> Tensor:
-        """Return hidden states (B, T, D) of embedded events (B, T, D)."""
-        turn = self.clock(elapsed_days(batch.gap_days))
-        keys = None if is_causal else _key_mask(batch.lengths, x.shape[1])
+    def transform(self, tokens: Tokens) -> CausalPass:
+        """Run the transformer over flat tokens; return what went in and what came out, (N, D)."""
+        events = self.embedder(tokens.ids, tokens.gap_days)
+        turn = self.clock(tokens.places, tokens.elapsed_days)
+        x = events
         for block in self.blocks:
-            x = block(x, turn, keys)
-        hidden: Tensor = self.final_norm(x)
-        return hidden
+            x = block(x, turn, tokens.layout)
+        return CausalPass(events, self.final_norm(x))
 
     def pool(self, passed: CausalPass, batch: EventBatch) -> Tensor:
         """Return states (B, S): a summary of the pass, then history scalars.
@@ -261,9 +200,13 @@ class Encoder(nn.Module):
         Reads the first `batch.lengths` events of each row: with smaller lengths than the pass was
         made with, these are the states that the users had at an earlier moment.
         """
-        history = history_scalars(batch.gap_days, batch.lengths, batch.before)
-        summary = self.pooling(passed, batch.gap_days, batch.lengths)
-        return torch.cat((summary.float(), history), dim=1)
+        flat = CausalPass(passed.events.flatten(0, 1), passed.hidden.flatten(0, 1))
+        return self.pool_at(flat, batch.prefixes())[:, 0]
+
+    def pool_at(self, passed: CausalPass, prefixes: Prefixes) -> Tensor:
+        """Return states (R, C, S) of a pass over (N, D) at every cutoff of every run."""
+        summary = self.pooling(passed, prefixes)
+        return torch.cat((summary.float(), history_at(prefixes)), dim=-1)
 
     def encode_state(self, batch: EventBatch) -> Tensor:
         """Return states (B, S) float32 after the last events; they do not depend on a cutoff."""
@@ -274,6 +217,18 @@ class Encoder(nn.Module):
         embedding: Tensor = self.readout_layer(state, silence_days)
         return embedding
 
+    def flops_per_pass(self, lengths: Ints, *, causal: bool) -> int:
+        """Return the exact model FLOPs of a forward pass over users of these lengths.
+
+        Of real tokens only: what a device spends on padding or filler is not counted. A training
+        step costs three times as much, one for the forward and two for the backward pass.
+
+        Args:
+            lengths: events of each user.
+            causal: whether an event sees only itself and those before: half of the attention.
+        """
+        return pass_flops(self.config, lengths, causal=causal)
+
     def prior(self) -> Tensor:
         """Return the embedding (D,) of a user without history: the mean over training users."""
         return self.readout_layer.prior
@@ -283,36 +238,25 @@ class Encoder(nn.Module):
         self.readout_layer.prior.copy_(prior)
 
 
-def _check_shapes(ids: Mapping[str, Tensor], time_gaps: Tensor) -> None:
-    """Refuse tensors that are not all (B, T) with T of at least 1."""
-    shape = ids["action"].shape
+def _check_shapes(ids: Mapping[str, Tensor], gap_days: Tensor, event_field: str) -> None:
+    """Refuse tensors that are not all (B, T), codes (B, T, k), with T of at least 1."""
+    if event_field not in ids:
+        raise ValueError(f"every event needs {event_field}_ids")
+    shape = ids[event_field].shape
     if len(shape) != 2 or shape[1] == 0:  # noqa: PLR2004 - users by events
-        raise ValueError(f"action_ids must be (B, T) with T of at least 1, not {tuple(shape)}")
-    for name, values in {**ids, "time_gaps": time_gaps}.items():
-        if values.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}, action_ids {tuple(shape)}")
-
-
-def _key_mask(lengths: Tensor, length: int) -> Tensor:
-    """Return which keys may be attended to, (B, 1, 1, T); the first always, lest a row be empty."""
-    places = torch.arange(length, device=lengths.device)
-    return (places < lengths.clamp(min=1)[:, None])[:, None, None, :]
-
-
-def _initialise(module: nn.Module) -> None:
-    """Start matrices and tables normal with spread 1 / sqrt(width), biases and PAD rows zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
+        raise ValueError(
+            f"{event_field}_ids must be (B, T) with T of at least 1, not {tuple(shape)}"
+        )
+    for name, values in {**ids, "time_gaps": gap_days}.items():
+        if values.shape[:2] != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, {event_field}_ids {tuple(shape)}"
+            )
 
 
 def _shrink(block: nn.Module, num_layers: int) -> None:
     """Scale the layers that write to the residual stream by 1 / sqrt(2 x layers), as GPT-2 does."""
     assert isinstance(block, Block)  # noqa: S101 - our own mistake otherwise
     with torch.no_grad():
-        for layer in (block.attention_out, block.feedforward_out):
+        for layer in (block.attention_out, block.feedforward.narrow):
             layer.weight.mul_((2 * num_layers) ** -0.5)

@@ -12,14 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from behavior_pipeline.contracts import PAD_ID, TOKEN_FIELDS
+from behavior_pipeline.contracts import PAD_ID
 from behavior_pipeline.encoder.configuration import EncoderConfig
-from behavior_pipeline.encoder.sequence_files import (
-    MICROSECONDS_A_DAY,
-    Ints,
-    SequenceTable,
-    read_in_order,
-)
+from behavior_pipeline.encoder.history import Prefixes, elapsed_days, padded_prefixes
+from behavior_pipeline.encoder.layouts import PaddedLayout, padded_length
+from behavior_pipeline.encoder.packing import Tokens
+from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable, read_in_order
 
 CHUNK_USERS: Final = 16_384
 """Users read into memory at once for inference."""
@@ -33,7 +31,8 @@ class EventBatch:
     """Histories of B users, right padded to T events.
 
     Attributes:
-        ids: token ids per field, (B, T) int64; PAD where there is no event.
+        ids: per field token ids (B, T) int64, PAD where there is no event; numbers (B, T); or
+            codes (B, T, k).
         gap_days: days since the event before, (B, T) float32; 0 where there is no event.
         lengths: events of each user, (B,) int64.
         silence_days: days from each last event to the cutoff, (B,) float32.
@@ -57,9 +56,10 @@ class EventBatch:
         gap_days: Tensor,
         silence_days: Tensor | None,
         before: Tensor | None,
+        event_field: str = "action",
     ) -> EventBatch:
-        """Make a batch of tensors that are (B, T); a place whose action is PAD holds no event."""
-        is_event = ids["action"] != PAD_ID
+        """Make a batch of tensors (B, T); a place whose `event_field` is PAD holds no event."""
+        is_event = ids[event_field] != PAD_ID
         batch = len(gap_days)
         nothing = gap_days.new_zeros(batch, dtype=torch.float32)
         return cls(
@@ -83,6 +83,28 @@ class EventBatch:
         )
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (B, T, -1) that vectors of the batch's events are viewed in."""
+        rows, length = self.gap_days.shape
+        return rows, length, -1
+
+    def tokens(self, *, is_causal: bool) -> Tokens:
+        """Return the events laid flat, padding among them."""
+        rows, length = self.gap_days.shape
+        places = torch.arange(length, device=self.gap_days.device)
+        return Tokens(
+            {name: values.flatten(0, 1) for name, values in self.ids.items()},
+            self.gap_days.flatten(),
+            places.repeat(rows),
+            elapsed_days(self.gap_days).flatten(),
+            PaddedLayout(self.lengths, length, is_causal),
+        )
+
+    def prefixes(self) -> Prefixes:
+        """Return the first `lengths` events of each user, as what is to be pooled."""
+        return padded_prefixes(self.gap_days, self.lengths, self.before)
+
+    @property
     def num_users(self) -> int:
         """Rows that are users; those after them are filling."""
         return len(self.users)
@@ -94,6 +116,7 @@ def pad(
     starts: Ints,
     lengths: Ints,
     shape: tuple[int, int],
+    fields: Sequence[str],
 ) -> EventBatch:
     """Cut one run of events per user out of a table and pad it.
 
@@ -103,6 +126,7 @@ def pad(
         starts: flat place of each run's first event, n.
         lengths: events of each run, n.
         shape: rows and columns (B, T) of the batch; rows from n on are filling.
+        fields: the fields that are read.
 
     Returns:
         A batch with silence 0.
@@ -123,7 +147,7 @@ def pad(
     all_lengths = np.zeros(rows, np.int64)
     all_lengths[: len(users)] = lengths
     return EventBatch(
-        ids={field: fill(table.ids[field], np.int64) for field in TOKEN_FIELDS},
+        ids={field: fill(table.ids[field], np.int64) for field in fields},
         gap_days=fill(table.gap_days, np.float32),
         lengths=torch.from_numpy(all_lengths),
         silence_days=torch.zeros(rows),
@@ -132,15 +156,8 @@ def pad(
     )
 
 
-def padded_length(lengths: Ints, max_events: int) -> Ints:
-    """Return the length that each length is padded to: 8, 12, 16, 24, 32 and so on."""
-    steps = [size for power in range(3, 31) for size in (2**power, 3 * 2 ** (power - 1))]
-    allowed = np.array([size for size in steps if size < max_events] + [max_events])
-    return allowed[np.searchsorted(allowed, np.minimum(lengths, max_events))]
-
-
 def table_batches(
-    table: SequenceTable, max_events: int, batch_tokens: int = BATCH_TOKENS
+    table: SequenceTable, config: EncoderConfig, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[EventBatch]:
     """Yield a table's users in batches of like lengths, newest `max_events` events of each.
 
@@ -148,26 +165,19 @@ def table_batches(
     user's numbers never depend on who else is in the batch: kernels of one shape treat every row
     alike, others may round differently.
     """
-    kept = np.minimum(table.lengths, max_events)
-    padded = padded_length(kept, max_events)
+    kept = np.minimum(table.lengths, config.max_events)
+    padded = padded_length(kept, config.max_events)
+    fields = tuple(config.field_sizes)
     for length in np.unique(padded):
         rows = max(1, batch_tokens // int(length))
         users = np.flatnonzero(padded == length)
         for begin in range(0, len(users), rows):
             part = users[begin : begin + rows]
             starts = table.offsets[part + 1] - kept[part]
-            batch = pad(table, part, starts, kept[part], (rows, int(length)))
-            yield replace(batch, silence_days=_silence(table, part, rows))
-
-
-def _silence(table: SequenceTable, users: Ints, rows: int) -> Tensor:
-    """Return the days (rows,) from users' last events to their cutoffs, 0 for empty histories."""
-    silence = np.zeros(rows, np.float32)
-    if len(table.times):
-        last = table.times[np.maximum(table.offsets[users + 1] - 1, 0)]
-        days = (table.cutoffs[users] - last) / MICROSECONDS_A_DAY
-        silence[: len(users)] = np.where(table.lengths[users] > 0, days, 0)
-    return torch.from_numpy(silence)
+            batch = pad(table, part, starts, kept[part], (rows, int(length)), fields)
+            silence = np.zeros(rows, np.float32)
+            silence[: len(part)] = table.silence_days(part)
+            yield replace(batch, silence_days=torch.from_numpy(silence))
 
 
 def read_batches(
@@ -179,5 +189,5 @@ def read_batches(
     them back in the order of the files.
     """
     for table in read_in_order(files, CHUNK_USERS):
-        for batch in table_batches(table, config.max_events, batch_tokens):
+        for batch in table_batches(table, config, batch_tokens):
             yield table.user_ids.take(batch.users).to_pylist(), batch

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
-from behavior_pipeline.contracts import NUM_SPECIAL_IDS, TOKEN_FIELDS
+from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.errors import PipelineError
 
 PRESETS: Final = ("tiny", "small", "base")
 MODEL_TYPE: Final = "behavior-encoder"
 """What config.json calls the model, so that other programs know which class reads it."""
+NORMS: Final = ("rms", "layer")
+FEEDFORWARDS: Final = ("squared_relu", "gelu", "swiglu")
+
+TOKEN_STEP: Final = 64
+"""Both parts of a batch hold a multiple of so many tokens, if the whole does."""
 
 MIN_STEPS: Final = 100
 """Few data are passed over as often as this takes: a warm-up alone teaches nothing."""
@@ -20,20 +25,37 @@ MIN_STEPS: Final = 100
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder; with the weights it is all that is needed to embed a user."""
+    """The shape of an encoder; with the weights it is all that is needed to embed a user.
 
-    field_sizes: Mapping[str, int]  # ids per token field, the special ids 0 to 3 included
+    What an event consists of is declared by four mappings: categorical fields (a table of ids
+    each), numbers (a table of buckets each), code vectors (a table per place of the vector), and
+    whether the gap since the event before is encoded.
+    """
+
+    field_sizes: Mapping[str, int]  # ids per categorical field, the special ids 0 to 3 included
+    number_edges: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # per numeric field the inner edges of its buckets, rising
+    code_sizes: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # per code vector the ids at each of its places, the special ids included
+    event_field: str = "action"  # the field that every event has: PAD in it means no event
+    has_gap: bool = True  # whether the time since the event before is encoded
     width: int = 128  # D: width of hidden states and of the embedding
     num_layers: int = 3  # transformer blocks
     num_heads: int = 4  # attention heads; width / num_heads is a multiple of 4
     feedforward_width: int = 512  # inner width of a block's feed-forward part
     max_events: int = 128  # T: newest events that the transformer reads
-    wide_table_width: int = 64  # width of the item and category tables before projection
+    wide_table_width: int = 64  # width of the fields' tables, which a projection widens
     dropout: float = 0.1  # share of activations dropped in training
     time_window_days: float = 90.0  # longest period of the sinusoids over gaps and silence
     num_time_buckets: int = 48  # learned log-spaced buckets of gaps and of silence
     num_sinusoids: int = 16  # sine and cosine pairs over the time window
     recent_days: float = 30.0  # decay time of the recency-weighted pooling
+    norm: str = "rms"  # rms or layer: what normalises before each part of a block
+    feedforward: str = "squared_relu"  # squared_relu, gelu or swiglu, all of equal FLOPs
+    has_query_key_norm: bool = True  # whether queries and keys are normalised per head
+    has_biases: bool = False  # whether the linear layers of the blocks have biases
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built.
@@ -41,16 +63,28 @@ class EncoderConfig:
         Raises:
             ValueError: naming the field at fault.
         """
-        missing = [name for name in TOKEN_FIELDS if name not in self.field_sizes]
-        if missing:
-            raise ValueError(f"field_sizes lacks {', '.join(missing)}")
-        small = [name for name in TOKEN_FIELDS if self.field_sizes[name] < NUM_SPECIAL_IDS]
-        if small:
-            raise ValueError(f"field_sizes of {', '.join(small)} leave no room for the special ids")
+        if self.event_field not in self.field_sizes:
+            raise ValueError(f"field_sizes lacks {self.event_field}")
+        self._check_fields()
         if self.width % self.num_heads or (self.width // self.num_heads) % 4:
             raise ValueError("width / num_heads must be a multiple of 4")
         if min(self.num_layers, self.max_events, self.num_time_buckets) < 1:
             raise ValueError("num_layers, max_events and num_time_buckets must be at least 1")
+        if self.norm not in NORMS or self.feedforward not in FEEDFORWARDS:
+            raise ValueError(f"norm is one of {NORMS}, feedforward one of {FEEDFORWARDS}")
+
+    def _check_fields(self) -> None:
+        """Refuse fields that leave no room for an id, or that stand under one name twice."""
+        sizes = [(name, size) for name, size in self.field_sizes.items()]
+        sizes += [(name, size) for name, sizes in self.code_sizes.items() for size in sizes]
+        if small := sorted({name for name, size in sizes if size < NUM_SPECIAL_IDS}):
+            raise ValueError(f"sizes of {', '.join(small)} leave no room for the special ids")
+        for name, edges in self.number_edges.items():
+            if list(edges) != sorted(set(edges)):
+                raise ValueError(f"number_edges of {name} do not rise")
+        names = [*self.field_sizes, *self.number_edges, *self.code_sizes]
+        if len(set(names)) < len(names):
+            raise ValueError("a name stands for two fields")
 
     @classmethod
     def named(cls, name: str, field_sizes: Mapping[str, int], **changes: Any) -> EncoderConfig:
@@ -69,7 +103,7 @@ class EncoderConfig:
             "base": {
                 "width": 768, "num_layers": 12, "num_heads": 12, "feedforward_width": 3072,
                 "max_events": 256, "wide_table_width": 128, "num_time_buckets": 64,
-                "num_sinusoids": 32,
+                "num_sinusoids": 32, "dropout": 0.0,
             },
         }  # fmt: skip
         _check_preset(name)
@@ -77,11 +111,12 @@ class EncoderConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, and what kind of model they describe."""
-        return {
-            **asdict(self),
-            "field_sizes": dict(self.field_sizes),
-            "model_type": MODEL_TYPE,
-        }
+        content: dict[str, Any] = {"model_type": MODEL_TYPE}
+        content |= {item.name: getattr(self, item.name) for item in fields(self)}
+        content["field_sizes"] = dict(self.field_sizes)
+        for name in ("number_edges", "code_sizes"):
+            content[name] = {key: list(values) for key, values in content[name].items()}
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderConfig:
@@ -97,7 +132,11 @@ class EncoderConfig:
         if set(content) != known:
             odd = sorted(set(content) ^ known)
             raise ValueError(f"config.json has unknown or missing fields: {', '.join(odd)}")
-        return cls(**content)
+        tuples = {
+            name: {key: tuple(values) for key, values in content[name].items()}
+            for name in ("number_edges", "code_sizes")
+        }
+        return cls(**{**content, **tuples})
 
 
 @dataclass(frozen=True)
@@ -118,7 +157,7 @@ class TrainingConfig:
     seed: int = 0  # every random choice derives from it
     max_steps: int = 700  # optimiser steps at the most
     max_passes: float = 3.5  # passes over the events at the most, but at least MIN_STEPS steps
-    batch_tokens: int = 3072  # padded tokens of histories in a step, at the most
+    batch_tokens: int = 4096  # tokens of a batch: histories, what follows, masked copies
     learning_rate: float = 2e-3  # at the end of warm-up
     warmup_share: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.05  # of matrices; none on biases, norms and tables
@@ -127,9 +166,12 @@ class TrainingConfig:
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
     cutoffs_per_user: int = 3  # cutoffs read out from one pass over a user's events
     mask_share: float = 0.15  # share of events hidden by the masked-event objective
-    masked_row_share: float = 0.25  # share of a batch's users in the masked-event pass
+    masked_row_share: float = 0.25  # masked copies beside the other tokens of a batch
     max_future_events: int = 48  # events of a contrastive window after the cutoff
     temperature: float = 0.1  # of the contrastive objective
+    predicted_fields: Mapping[str, float] = field(
+        default_factory=lambda: {"action": 1.0, "category": 0.5, "item": 0.5}
+    )  # what the fields of a predicted event count; those that an encoder lacks are left out
     num_negatives: int = 256  # sampled values where a vocabulary has more than 2,000
     max_window_targets: int = 512  # lowest ids predicted as a set from a cutoff, per field
     validation_share: float = 0.05  # share of users kept for validation, by a hash of their id
@@ -150,10 +192,10 @@ class TrainingConfig:
         """
         _check_preset(name)
         plans: dict[str, dict[str, Any]] = {
-            "tiny": {"max_steps": 20, "batch_tokens": 1024, "validate_every": 10},
+            "tiny": {"max_steps": 20, "batch_tokens": 768, "validate_every": 10},
             "small": {},
             "base": {
-                "max_steps": 10_000, "max_passes": 20.0, "batch_tokens": 65_536,
+                "max_steps": 10_000, "max_passes": 20.0, "batch_tokens": 131_072,
                 "learning_rate": 3e-4, "max_future_events": 128, "masked_row_share": 0.5,
                 "num_negatives": 4096, "validate_every": 250, "max_validation_users": 4096,
                 "shuffle_users": 131_072,
@@ -162,9 +204,20 @@ class TrainingConfig:
         given = {key: value for key, value in changes.items() if value is not None}
         return replace(cls(preset=name, **plans[name]), **given)
 
+    @property
+    def masked_tokens(self) -> int:
+        """Tokens of a batch that attend both ways: masked copies of the others."""
+        share = self.masked_row_share if self.weights.masked_event else 0.0
+        return round(self.batch_tokens * share / (1 + share) / TOKEN_STEP) * TOKEN_STEP
+
+    @property
+    def causal_tokens(self) -> int:
+        """Tokens of a batch that attend causally: each event of a user once."""
+        return self.batch_tokens - self.masked_tokens
+
     def for_events(self, num_events: int) -> TrainingConfig:
         """Return the configuration with no more steps than `max_passes` over the events take."""
-        needed = math.ceil(self.max_passes * num_events / self.batch_tokens)
+        needed = math.ceil(self.max_passes * num_events / self.causal_tokens)
         return replace(self, max_steps=min(self.max_steps, max(MIN_STEPS, needed)))
 
     def to_json(self) -> dict[str, Any]:

@@ -1,133 +1,55 @@
-"""Training batches: every user's history is cut at a random moment, and what follows is the label.
+"""Training batches: every user's history is cut at random moments, and what follows is the label.
 
-Cutoffs are drawn in wall time, alike for all users, so that users who fell silent appear with the
-long silences that nightly cutoffs meet. A label window ends within the training data, so that "no
-event" is an observation and not a gap in what is known.
+A batch is N tokens, the same N every time. The first tokens attend causally: the histories of its
+users, then what follows of each of them, then filler. The others attend both ways: copies of some
+of these runs with events hidden, then filler.
+
+Legend of shapes: U users of a batch at the most, R = 2 U runs (histories, then what follows),
+C cutoffs of each user, N tokens, M masked events.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
-from behavior_pipeline.encoder.batches import EventBatch, pad, padded_length
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
+from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES, CutoffPlan, Cuts, plan_cutoffs
+from behavior_pipeline.encoder.layouts import PackedLayout, Runs
+from behavior_pipeline.encoder.masking import MaskedEvents, corrupt, draw_events, masked_events
+from behavior_pipeline.encoder.packing import FlatRuns, fill, tokens_of
 from behavior_pipeline.encoder.sequence_files import (
-    MICROSECONDS_A_DAY,
     Ints,
     SequenceTable,
-    Survey,
     read_in_order,
     read_shuffled,
-    to_microseconds,
 )
+from behavior_pipeline.encoder.training_batches import CutLabels, TrainingBatch
 from behavior_pipeline.errors import PipelineError
+
+__all__ = [
+    "NEXT_TIME_SHARES", "WINDOW_FIELDS", "BatchMaker", "CutLabels", "CutoffPlan", "Cuts",
+    "TrainingBatch", "is_validation", "plan_cutoffs", "window_rates", "window_sizes",
+]  # fmt: skip
 
 WINDOW_FIELDS: Final = ("action", "category", "item")
 """Fields whose values in the label window are predicted as a set."""
 
-NEXT_TIME_SHARES: Final = (1 / 30, 3 / 30, 7 / 30, 14 / 30, 21 / 30, 1.0)
-"""Inner edges of the classes of "time to the next event", as shares of the horizon; the class
-beyond the last edge means: none within the horizon."""
-
-MAX_BATCH_USERS: Final = 512
-"""Users in a batch at the most, however short their histories."""
-
 _HASH_RANGE: Final = 10_000
 _RARE_SHARE: Final = 0.01  # how often an unseen window target occurs for the imagined user
-
-
-@dataclass(frozen=True)
-class CutoffPlan:
-    """Where training may cut histories, in microseconds since 1970.
-
-    Attributes:
-        earliest: first possible cutoff.
-        latest: last possible cutoff: its label window still ends within the training data.
-        horizon: length of the label window.
-    """
-
-    earliest: int
-    latest: int
-    horizon: int
-
-
-def plan_cutoffs(survey: Survey, config: TrainingConfig) -> CutoffPlan:
-    """Choose the range of cutoffs; short training shortens the horizon to its third."""
-    span = survey.trained_through - survey.started_at
-    horizon = min(timedelta(days=config.horizon_days), span / 3)
-    reach = max(span * config.cutoff_share, 1.5 * horizon)
-    through = to_microseconds(survey.trained_through)
-    length = horizon // timedelta(microseconds=1)
-    return CutoffPlan(through - reach // timedelta(microseconds=1), through - length, length)
-
-
-@dataclass(frozen=True)
-class CutLabels:
-    """One cutoff of each of B users: what was known then, and what came.
-
-    Attributes:
-        lengths: how many of the batch's `history` events are before the cutoff, (B,) int64.
-        silence_days: days from the last of them to the cutoff, 0 without one, (B,) float32.
-        next_time: class of the time from the cutoff to the next event, (B,) int64.
-        window: per field, which of the lowest ids occur in the label window, (B, V') float32.
-    """
-
-    lengths: Tensor
-    silence_days: Tensor
-    next_time: Tensor
-    window: Mapping[str, Tensor]
-
-    def to(self, device: torch.device | str) -> CutLabels:
-        """Return the labels on a device."""
-        return CutLabels(
-            self.lengths.to(device),
-            self.silence_days.to(device),
-            self.next_time.to(device),
-            {field: values.to(device) for field, values in self.window.items()},
-        )
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """B users, each cut at random moments.
-
-    Attributes:
-        history: events before the latest cutoff; empty for users who came later.
-        future: events from the latest cutoff on, as if they were all there is.
-        cuts: the labels at each of the cutoffs, the latest first.
-        typical_users: users of an average batch: what sums over users are divided by, so that
-            users count alike in batches of short and of long histories.
-    """
-
-    history: EventBatch
-    future: EventBatch
-    cuts: tuple[CutLabels, ...]
-    typical_users: float
-
-    def to(self, device: torch.device | str) -> TrainingBatch:
-        """Return the batch on a device."""
-        return replace(
-            self,
-            history=self.history.to(device),
-            future=self.future.to(device),
-            cuts=tuple(cut.to(device) for cut in self.cuts),
-        )
-
-    @property
-    def num_events(self) -> int:
-        """Events in the batch."""
-        return int(self.history.lengths.sum() + self.future.lengths.sum())
+_SPREADS: Final = 4  # standard deviations of a batch's mean length that it has room for users for
 
 
 def window_sizes(encoder: EncoderConfig, config: TrainingConfig) -> dict[str, int]:
@@ -135,6 +57,7 @@ def window_sizes(encoder: EncoderConfig, config: TrainingConfig) -> dict[str, in
     return {
         field: min(encoder.field_sizes[field] - NUM_SPECIAL_IDS, config.max_window_targets)
         for field in WINDOW_FIELDS
+        if field in encoder.field_sizes
     }
 
 
@@ -144,7 +67,7 @@ def window_rates(batches: Sequence[TrainingBatch]) -> dict[str, Tensor]:
     Shares of users and cutoffs, shrunk towards "hardly ever" by one imagined user.
     """
     cuts = [cut for batch in batches for cut in batch.cuts]
-    count = sum(len(cut.lengths) for cut in cuts)
+    count = sum(batch.num_users * len(batch.cuts) for batch in batches)
     totals = {
         field: torch.stack([cut.window[field].sum(0) for cut in cuts]).sum(0)
         for field in (cuts[0].window if cuts else ())
@@ -166,6 +89,9 @@ class BatchMaker:
         encoder: shape of the encoder.
         config: the training.
         plan: where histories may be cut.
+
+    Raises:
+        PipelineError: if a batch is too small for one user.
     """
 
     def __init__(
@@ -175,27 +101,42 @@ class BatchMaker:
         config: TrainingConfig,
         plan: CutoffPlan,
     ) -> None:
+        longest = encoder.max_events + config.max_future_events
+        if config.causal_tokens < longest:
+            raise PipelineError(
+                f"Batches of {config.batch_tokens:,} tokens, masked copies among them, are too "
+                f"small for a user with {longest} events.",
+                "Raise batch_tokens.",
+            )
         self.files = files
         self.config = config
         self.plan = plan
-        self.max_events = encoder.max_events
+        self.encoder = encoder
         self.window_sizes = window_sizes(encoder, config)
+        self.max_users = _room_for_users(files, encoder, config)
 
-    def training(self) -> Iterator[TrainingBatch]:
-        """Yield batches without end, in an order and with cutoffs that the seed decides."""
-        epoch = 0
-        while True:
-            random = np.random.default_rng([self.config.seed, epoch])
-            empty = True
-            for table in read_shuffled(self.files, self.config.shuffle_users, random):
-                is_kept = is_validation(table.user_ids.to_pylist(), self.config.validation_share)
-                users = np.flatnonzero(~is_kept & (table.lengths > 0))
-                for batch in self._batches(table, users, random):
-                    empty = False
-                    yield batch
-            if empty:
-                raise PipelineError("No user is left for training.", "Lower validation_share.")
-            epoch += 1
+    def training(
+        self, rank: int = 0, world_size: int = 1, skip: int = 0
+    ) -> Iterator[TrainingBatch]:
+        """Yield batches without end, in an order and with cutoffs that the seed decides.
+
+        Users that do not fill a batch wait for the next buffer of users and, at the end of an
+        epoch, for the next epoch; only an epoch that is less than one batch is a batch of its own.
+
+        Args:
+            rank: which of the processes this is; it gets every `world_size`-th batch. All batches
+                are equally large, so no process waits for another.
+            world_size: how many processes train.
+            skip: batches of this rank that are passed over, for instance after a restart; they are
+                drawn but not made.
+
+        Raises:
+            PipelineError: if no user is left for training.
+        """
+        for number, part in enumerate(self._parts()):
+            turn, owner = divmod(number, world_size)
+            if owner == rank and turn >= skip:
+                yield self._make(part)
 
     def validation(self) -> list[TrainingBatch]:
         """Return the validation users' batches, the same at every call; maybe none."""
@@ -203,158 +144,231 @@ class BatchMaker:
         batches: list[TrainingBatch] = []
         left = self.config.max_validation_users
         for table in read_in_order(self.files, self.config.shuffle_users):
-            is_kept = is_validation(table.user_ids.to_pylist(), self.config.validation_share)
-            users = np.flatnonzero(is_kept & (table.lengths > 0))[:left]
-            batches += self._batches(table, users, random)
+            users = np.flatnonzero(self._is_kept(table) & (table.lengths > 0))[:left]
+            drawn = self._draw(table, random.permutation(users), random)
+            batches += [self._make(part) for part in self._split_evenly(drawn)]
             left -= len(users)
         return batches
 
-    def _batches(
-        self, table: SequenceTable, users: Ints, random: np.random.Generator
-    ) -> Iterator[TrainingBatch]:
-        """Cut users at random moments; yield batches of like lengths in random order."""
-        users = random.permutation(users)
-        cuts = self._draw_cuts(table, users, random)
-        history = np.minimum(cuts[0].places - cuts[0].starts, self.max_events)
-        future = np.minimum(cuts[0].ends - cuts[0].places, self.config.max_future_events)
-        padded = padded_length(history, self.max_events)
-        parts = _split(np.lexsort((future, padded)), padded, self.config.batch_tokens)
-        for index in random.permutation(len(parts)):
-            part = parts[index]
-            taken = [cut.take(part) for cut in cuts]
-            batch = self._batch(table, taken, history[part], future[part])
-            yield replace(batch, typical_users=len(users) / len(parts))
+    def _parts(self) -> Iterator[_Drawn]:
+        """Yield the users of each batch, cut, without end."""
+        epoch, waiting = 0, None
+        while True:
+            random = np.random.default_rng([self.config.seed, epoch])
+            is_empty = True
+            for table in read_shuffled(self.files, self.config.shuffle_users, random):
+                users = np.flatnonzero(~self._is_kept(table) & (table.lengths > 0))
+                merged, order = _after(waiting, table.take(random.permutation(users)))
+                drawn = self._draw(merged, order, random)
+                parts, left = self._split(drawn)
+                for part in parts:
+                    is_empty = False
+                    yield part
+                waiting = merged.take(drawn.users[left])
+            if is_empty:
+                if waiting is None or not len(waiting):
+                    raise PipelineError("No user is left for training.", "Lower validation_share.")
+                yield self._draw(waiting, np.arange(len(waiting)), random)
+                waiting = None
+            epoch += 1
 
-    def _draw_cuts(
-        self, table: SequenceTable, users: Ints, random: np.random.Generator
-    ) -> list[Cuts]:
-        """Draw moments for every user; return one cut of all users each, the latest first."""
+    def _is_kept(self, table: SequenceTable) -> NDArray[np.bool_]:
+        """Tell which users of a table are kept for validation."""
+        return is_validation(table.user_ids.to_pylist(), self.config.validation_share)
+
+    def _draw(self, table: SequenceTable, users: Ints, random: np.random.Generator) -> _Drawn:
+        """Cut users at random moments, C each, and seed what is drawn later in their batches."""
         shape = len(users), self.config.cutoffs_per_user
         moments = random.integers(self.plan.earliest, self.plan.latest, shape, endpoint=True)
         latest_first = np.sort(moments, axis=1)[:, ::-1].T.copy()
-        return [Cuts.at(table, users, column, self.plan.horizon) for column in latest_first]
+        cuts = [Cuts.at(table, users, column, self.plan.horizon) for column in latest_first]
+        history = np.minimum(cuts[0].places - cuts[0].starts, self.encoder.max_events)
+        following = np.minimum(cuts[0].ends - cuts[0].places, self.config.max_future_events)
+        seed = int(random.integers(2**62))
+        return _Drawn(table, users, cuts, history, following, float(len(users)), seed)
 
-    def _batch(
-        self, table: SequenceTable, cuts: list[Cuts], history: Ints, future: Ints
-    ) -> TrainingBatch:
-        """Pad the events before and after the latest cut and look up the labels of all cuts."""
-        latest, rows = cuts[0], len(history)
-        first = latest.places - history
-        shape = rows, int(padded_length(history, self.max_events).max())
-        past = pad(table, latest.users, first, history, shape)
-        shape = rows, int(padded_length(future, self.config.max_future_events).max())
-        ahead = pad(table, latest.users, latest.places, future, shape)
+    def _split(self, drawn: _Drawn) -> tuple[list[_Drawn], Ints]:
+        """Put users into full batches; return them and the users left over."""
+        parts, left = fill(drawn.costs, self.config.causal_tokens, self.max_users)
+        typical = (len(drawn.users) - len(left)) / max(len(parts), 1)
+        return [drawn.take(part, typical, number) for number, part in enumerate(parts)], left
+
+    def _split_evenly(self, drawn: _Drawn) -> list[_Drawn]:
+        """Put users into batches that are about equally full."""
+        room = self.config.causal_tokens - int(drawn.costs.max(initial=0))
+        total = int(drawn.costs.sum())
+        count = max(-(-total // max(room, 1)), -(-len(drawn.users) // self.max_users))
+        order = np.argsort(-drawn.costs, kind="stable")
+        parts = [np.sort(order[number::count]) for number in range(count)]
+        typical = len(drawn.users) / max(count, 1)
+        return [drawn.take(part, typical, number) for number, part in enumerate(parts)]
+
+    def _make(self, drawn: _Drawn) -> TrainingBatch:
+        """Lay out the users of a batch and look up their labels."""
+        flat, first = self._causal(drawn)
+        random = np.random.default_rng(drawn.seed)
+        copies, masked = self._masked(flat, random)
+        parts = [flat] if copies is None else [flat, copies]
+        lengths, before = self._known(drawn, first)
+        has_history, follows = drawn.history > 0, drawn.following > 0
         return TrainingBatch(
-            history=replace(past, silence_days=torch.from_numpy(latest.silence_days(table))),
-            future=_as_beginning(ahead),
-            cuts=tuple(self._labels(table, cut, first) for cut in cuts),
-            typical_users=float(rows),
+            tokens=tokens_of(parts, self._layout(parts)),
+            prefixes=flat.prefixes(lengths, before),
+            has_next=torch.from_numpy(_has_next(flat)),
+            masked=masked,
+            cuts=tuple(self._labels(drawn.table, cut, first) for cut in drawn.cuts),
+            is_pair=self._rows(has_history & follows),
+            num_users=len(drawn.users),
+            num_events=flat.num_tokens,
+            num_masked_tokens=0 if copies is None else copies.num_tokens,
+            typical_users=drawn.typical_users,
         )
+
+    def _causal(self, drawn: _Drawn) -> tuple[FlatRuns, Ints]:
+        """Lay out histories and what follows; return them and where the histories begin."""
+        latest = drawn.cuts[0]
+        first = latest.places - drawn.history
+        missing = np.zeros(self.max_users - len(drawn.users), np.int64)
+        starts = np.concatenate((first, missing, latest.places, missing))
+        lengths = np.concatenate((drawn.history, missing, drawn.following, missing))
+        flat = FlatRuns.cut(
+            drawn.table, tuple(self.encoder.field_sizes), starts, lengths,
+            self.config.causal_tokens,
+        )  # fmt: skip
+        # What follows is read as if it were all there is: no gap leads to it.
+        return flat.without_first_gaps(self.max_users), first
+
+    def _masked(
+        self, flat: FlatRuns, random: np.random.Generator
+    ) -> tuple[FlatRuns | None, MaskedEvents | None]:
+        """Copy some of the runs and hide some of their events."""
+        num_tokens = self.config.masked_tokens
+        if not num_tokens:
+            return None, None
+        order = random.permutation(np.flatnonzero(flat.lengths))
+        order = order[flat.lengths[order] <= num_tokens]
+        full, rest = fill(flat.lengths[order], num_tokens, 2 * self.max_users)
+        copies = flat.take(order[full[0] if full else rest], num_tokens)
+        drawn = draw_events(copies.num_tokens, self.config.mask_share, random)
+        hidden = {name: values[: copies.num_tokens] for name, values in copies.ids.items()}
+        ids = dict(copies.ids)
+        if copies.num_tokens:
+            for name, values in corrupt(hidden, drawn, random).items():
+                ids[name] = np.concatenate((values, ids[name][copies.num_tokens :]))
+        size = round(self.config.mask_share * num_tokens) + 1
+        events = masked_events(copies.ids, drawn, len(flat.rows), size)
+        return replace(copies, ids=ids), events
+
+    def _layout(self, parts: Sequence[FlatRuns]) -> PackedLayout:
+        """Return who attends to whom."""
+        longest = max(self.encoder.max_events, self.config.max_future_events)
+        sizes = tuple(len(part.rows) for part in parts)
+        runs = [
+            Runs.of(part.lengths, size, 2 * self.max_users, longest, is_causal=number == 0)
+            for number, (part, size) in enumerate(zip(parts, sizes, strict=True))
+        ]
+        return PackedLayout(tuple(runs), sizes)
+
+    def _known(self, drawn: _Drawn, first: Ints) -> tuple[Ints, NDArray[np.float32]]:
+        """Return how much of each run is known at each cutoff, and what came before the run."""
+        count, size = len(drawn.users), self.max_users
+        lengths = np.zeros((2 * size, len(drawn.cuts)), np.int64)
+        lengths[:count] = np.stack([_known(cut, first) for cut in reversed(drawn.cuts)], axis=1)
+        lengths[size : size + count] = drawn.following[:, None]
+        before = np.zeros((2 * size, 3), np.float32)
+        before[:count] = drawn.table.before(drawn.users, first)
+        return lengths, before
 
     def _labels(self, table: SequenceTable, cuts: Cuts, first: Ints) -> CutLabels:
         """Look up what is known and what comes at cuts; `first` is what histories begin with."""
         return CutLabels(
-            # An earlier cut may lie before the newest events that were read: then none is known.
-            lengths=torch.from_numpy(np.maximum(cuts.places - first, 0)),
-            silence_days=torch.from_numpy(cuts.silence_days(table)),
-            next_time=torch.from_numpy(cuts.next_time(table, self.plan.horizon)),
+            lengths=self._rows(_known(cuts, first)),
+            silence_days=self._rows(cuts.silence_days(table)),
+            next_time=self._rows(cuts.next_time(table, self.plan.horizon)),
             window={
-                field: torch.from_numpy(cuts.window(table, field, size))
+                field: self._rows(cuts.window(table, field, size))
                 for field, size in self.window_sizes.items()
             },
         )
 
+    def _rows(self, values: NDArray[Any]) -> Tensor:
+        """Fill up what stands for users (n, ...) to (U, ...)."""
+        filled = np.zeros((self.max_users, *values.shape[1:]), values.dtype)
+        filled[: len(values)] = values
+        return torch.from_numpy(filled)
+
 
 @dataclass(frozen=True)
-class Cuts:
-    """Users of a table cut at moments; all arrays have one entry per user.
+class _Drawn:
+    """Users of a table, cut at random moments; all arrays have one entry per user.
 
     Attributes:
+        table: where their events are.
         users: rows of the table.
-        moments: the cutoffs, in microseconds since 1970.
-        starts: flat place of each list's first event.
-        places: flat place of the first event at or after the cutoff.
-        window_ends: flat place of the first event after the label window.
-        ends: flat place after each list's last event.
+        cuts: their cutoffs, the latest first.
+        history: events before the latest cutoff that are read.
+        following: events from the latest cutoff on that are read.
+        typical_users: users of an average batch.
+        seed: of what is drawn when the batch is made.
     """
 
+    table: SequenceTable
     users: Ints
-    moments: Ints
-    starts: Ints
-    places: Ints
-    window_ends: Ints
-    ends: Ints
+    cuts: list[Cuts]
+    history: Ints
+    following: Ints
+    typical_users: float
+    seed: int
 
-    @classmethod
-    def at(cls, table: SequenceTable, users: Ints, moments: Ints, horizon: int) -> Cuts:
-        """Cut users' lists at moments."""
-        return cls(
-            users=users,
-            moments=moments,
-            starts=table.offsets[users],
-            places=_places_of(table, users, moments),
-            window_ends=_places_of(table, users, moments + horizon),
-            ends=table.offsets[users + 1],
-        )
+    @property
+    def costs(self) -> Ints:
+        """Tokens of each user."""
+        return self.history + self.following
 
-    def take(self, rows: Ints) -> Cuts:
-        """Return some of the cuts."""
-        return Cuts(
-            self.users[rows], self.moments[rows], self.starts[rows], self.places[rows],
-            self.window_ends[rows], self.ends[rows],
+    def take(self, rows: Ints, typical_users: float, number: int) -> _Drawn:
+        """Return some of the users as the batch of a number."""
+        return _Drawn(
+            self.table, self.users[rows], [cut.take(rows) for cut in self.cuts],
+            self.history[rows], self.following[rows], typical_users, self.seed + number,
         )  # fmt: skip
 
-    def silence_days(self, table: SequenceTable) -> NDArray[np.float32]:
-        """Return the days from the last event before each cut to it, 0 without one."""
-        days = (self.moments - table.times[np.maximum(self.places - 1, 0)]) / MICROSECONDS_A_DAY
-        return np.where(self.places > self.starts, days, 0).astype(np.float32)
 
-    def next_time(self, table: SequenceTable, horizon: int) -> Ints:
-        """Return the class of the time to the next event."""
-        edges = np.array(NEXT_TIME_SHARES) * horizon
-        next_times = table.times[np.minimum(self.places, len(table.times) - 1)]
-        wait = np.where(self.places < self.window_ends, next_times - self.moments, horizon)
-        classes: Ints = np.searchsorted(edges, wait, side="right")
-        return classes
-
-    def window(self, table: SequenceTable, field: str, size: int) -> NDArray[np.float32]:
-        """Return which of a field's `size` lowest ids occur in the label window, (n, size)."""
-        counts = self.window_ends - self.places
-        rows = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        ids = table.ids[field][np.repeat(self.places, counts) + within] - NUM_SPECIAL_IDS
-        is_target = (ids >= 0) & (ids < size)
-        found = np.zeros((len(counts), size), np.float32)
-        found[rows[is_target], ids[is_target]] = 1
-        return found
+def _room_for_users(files: Sequence[Path], encoder: EncoderConfig, config: TrainingConfig) -> int:
+    """Return U: so many users that tokens run out before, as far as their lengths tell."""
+    longest = encoder.max_events + config.max_future_events
+    events = np.concatenate(
+        [pq.read_table(path, columns=["num_events"])["num_events"].to_numpy() for path in files]
+    )
+    lengths = np.minimum(events[events > 0], longest)
+    if not len(lengths):
+        return 1
+    count = config.causal_tokens / lengths.mean()
+    spread = lengths.std() / lengths.mean() / math.sqrt(count)
+    room = count * (1 + _SPREADS * spread) + 1
+    return int(min(config.causal_tokens, 8 * math.ceil(room / 8)))
 
 
-def _places_of(table: SequenceTable, users: Ints, moments: Ints) -> Ints:
-    """Return the flat place of each user's first event at or after a moment.
+def _after(waiting: SequenceTable | None, table: SequenceTable) -> tuple[SequenceTable, Ints]:
+    """Put users who wait before those of a table, and the same users in it last."""
+    if waiting is None or not len(waiting):
+        return table, np.arange(len(table))
+    is_waiting = pc.is_in(table.user_ids, value_set=waiting.user_ids)
+    order = np.argsort(is_waiting.to_numpy(zero_copy_only=False), kind="stable")
+    first = np.arange(len(waiting))
+    return waiting.followed_by(table), np.concatenate((first, len(waiting) + order))
 
-    Binary search in all lists at once: as many passes as the longest list has binary digits.
+
+def _known(cuts: Cuts, first: Ints) -> Ints:
+    """Return how many of the events that are read are before each cut.
+
+    An earlier cut may lie before the newest events that were read: then none is known.
     """
-    low, high = table.offsets[users].copy(), table.offsets[users + 1].copy()
-    while (is_open := low < high).any():
-        middle = (low + high) // 2
-        is_before = is_open & (table.times[np.minimum(middle, len(table.times) - 1)] < moments)
-        low = np.where(is_before, middle + 1, low)
-        high = np.where(is_open & ~is_before, middle, high)
-    return low
+    known: Ints = np.maximum(cuts.places - first, 0)
+    return known
 
 
-def _split(order: Ints, padded: Ints, batch_tokens: int) -> list[Ints]:
-    """Cut users in order of padded length into batches of at most `batch_tokens` padded tokens."""
-    parts: list[Ints] = []
-    for length in np.unique(padded):
-        users = order[padded[order] == length]
-        size = min(MAX_BATCH_USERS, max(1, batch_tokens // int(length)))
-        parts += [users[begin : begin + size] for begin in range(0, len(users), size)]
-    return parts
-
-
-def _as_beginning(batch: EventBatch) -> EventBatch:
-    """Forget what came before a window: no events, and no gap before its first one."""
-    gap_days = batch.gap_days.clone()
-    gap_days[:, 0] = 0
-    return replace(batch, gap_days=gap_days, before=torch.zeros_like(batch.before))
+def _has_next(flat: FlatRuns) -> NDArray[np.bool_]:
+    """Tell which tokens have a successor in their run."""
+    has_next = np.zeros(len(flat.rows), np.bool_)
+    has_next[:-1] = (flat.rows[1:] == flat.rows[:-1]) & (flat.rows[:-1] >= 0)
+    return has_next

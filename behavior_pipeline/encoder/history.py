@@ -2,10 +2,13 @@
 
 All are functions of events before the cutoff and of nothing else. They are logarithms, brought to
 about unit size by fixed constants, so that no statistics of a training set need to be kept.
+
+Legend of shapes: N tokens, R runs (a user's events each), C cutoffs of each run, B users, T events.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Final
 
 import torch
@@ -40,34 +43,128 @@ _SCALE: Final = 3.0
 _INTERVAL: Final = HISTORY_SCALARS.index("visit_interval")
 
 
-def history_scalars(gap_days: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
-    """Summarise histories as of their last event.
+@dataclass(frozen=True)
+class Prefixes:
+    """The first events of R runs, as they were known at C cutoffs each.
 
-    Args:
-        gap_days: days since the event before, (B, T), right padded.
-        lengths: events that are read, (B,).
-        before: what came before the events that are read, (B, 3): number of events, days from the
-            very first event to the first that is read, number of visits.
+    Attributes:
+        rows: the run of each token, R for tokens of none, (N,) int64.
+        places: each token's place in its run, (N,) int64.
+        gap_days: days since the event before, (N,) float32.
+        elapsed_days: days since the run's first event, (N,) float64.
+        starts: each run's first token, (R,) int64; any token for an empty run.
+        lengths: events of each run known at each cutoff, (R, C) int64, rising along C.
+        before: what came before each run's first event, (R, 3) float32: number of events, days
+            since the very first event, number of visits.
+    """
+
+    rows: Tensor
+    places: Tensor
+    gap_days: Tensor
+    elapsed_days: Tensor
+    starts: Tensor
+    lengths: Tensor
+    before: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.lengths.shape[0]
+
+    @property
+    def num_cuts(self) -> int:
+        """C."""
+        return self.lengths.shape[1]
+
+    def last_tokens(self) -> Tensor:
+        """Return the last token known at each cutoff, (R x C,); any token where none is."""
+        last = self.starts[:, None] + (self.lengths - 1).clamp(min=0)
+        return last.reshape(-1).clamp(max=len(self.rows) - 1)
+
+    def last_elapsed(self) -> Tensor:
+        """Return the days from each run's first event to the last one known, (R, C) float64."""
+        elapsed = self.elapsed_days.index_select(0, self.last_tokens()).view(self.lengths.shape)
+        return torch.where(self.lengths > 0, elapsed, 0.0)
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Return for each token the value of its run, (N, ...) of (R, ...); zero for none."""
+        nothing = values.new_zeros(1, *values.shape[1:])
+        return torch.cat((values, nothing)).index_select(0, self.rows)
+
+    def sum_by_run(self, values: Tensor) -> Tensor:
+        """Add up the values (N, ...) of each run's tokens, (R, ...)."""
+        total = values.new_zeros(self.num_rows + 1, *values.shape[1:])
+        return total.index_add(0, self.rows, values)[:-1]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Prefixes:
+        """Return the prefixes on a device."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Prefixes(
+            **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
+        )
+
+    def pin_memory(self) -> Prefixes:
+        """Return the prefixes in memory that a GPU can fetch from while others work."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Prefixes(**{name: value.pin_memory() for name, value in tensors.items()})
+
+
+def history_at(prefixes: Prefixes) -> Tensor:
+    """Summarise runs as of the last event known at each cutoff.
 
     Returns:
-        (B, K) float32 with the columns of HISTORY_SCALARS; zeros for an empty history.
+        (R, C, K) float32 with the columns of HISTORY_SCALARS; zeros for an empty history.
     """
-    ago, valid = days_before_last(gap_days, lengths)
-    is_visit = _starts_visit(gap_days, before[:, 0]) & valid
-    num_events = before[:, 0] + lengths
-    num_visits = before[:, 2] + is_visit.sum(1)
-    tenure = before[:, 1] + torch.where(valid, ago, 0.0).amax(1)
+    lengths = prefixes.of_tokens(prefixes.lengths)
+    known = prefixes.places[:, None] < lengths
+    ago = (prefixes.of_tokens(prefixes.last_elapsed()) - prefixes.elapsed_days[:, None]).clamp(0.0)
+    is_visit = known & _starts_visit(prefixes)[:, None]
+    flags = [is_visit, *[is_visit & (ago <= days) for days in _RECENT_VISIT_DAYS]]
+    flags += [known & (ago <= days) for days in _RECENT_EVENT_DAYS]
+    visits, *recent = prefixes.sum_by_run(torch.stack(flags, dim=-1).float()).unbind(-1)
+    num_events = prefixes.before[:, :1] + prefixes.lengths
+    num_visits = prefixes.before[:, 2:] + visits
+    tenure = prefixes.before[:, 1:2] + prefixes.last_elapsed()
     columns = [
         num_events,
         tenure,
         num_visits,
         tenure / (num_visits - 1).clamp(min=1),
         num_events / num_visits.clamp(min=1),
-        _last_visit_gap(gap_days, is_visit),
-        *[(is_visit & (ago <= days)).sum(1) for days in _RECENT_VISIT_DAYS],
-        *[(valid & (ago <= days)).sum(1) for days in _RECENT_EVENT_DAYS],
+        _last_visit_gap(prefixes, is_visit),
+        *recent,
     ]
-    return torch.stack([column.float().log1p() / _SCALE for column in columns], dim=1)
+    return torch.stack([column.float().log1p() / _SCALE for column in columns], dim=-1)
+
+
+def history_scalars(gap_days: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+    """Summarise padded histories as of their last event.
+
+    Args:
+        gap_days: days since the event before, (B, T), right padded.
+        lengths: events that are read, (B,).
+        before: what came before the events that are read, (B, 3), as in `Prefixes`.
+
+    Returns:
+        (B, K) float32 with the columns of HISTORY_SCALARS; zeros for an empty history.
+    """
+    return history_at(padded_prefixes(gap_days, lengths, before))[:, 0]
+
+
+def padded_prefixes(gap_days: Tensor, lengths: Tensor, before: Tensor) -> Prefixes:
+    """Return the prefixes of padded histories (B, T): one cutoff each, after their last event."""
+    rows, length = gap_days.shape
+    users = torch.arange(rows, device=gap_days.device)
+    places = torch.arange(length, device=gap_days.device)
+    return Prefixes(
+        rows=users.repeat_interleave(length),
+        places=places.repeat(rows),
+        gap_days=gap_days.reshape(-1),
+        elapsed_days=elapsed_days(gap_days).reshape(-1),
+        starts=users * length,
+        lengths=lengths[:, None],
+        before=before,
+    )
 
 
 def silence_scalars(history: Tensor, silence_days: Tensor) -> Tensor:
@@ -83,28 +180,32 @@ def silence_scalars(history: Tensor, silence_days: Tensor) -> Tensor:
 
 
 def elapsed_days(gap_days: Tensor) -> Tensor:
-    """Return the days (B, T) from the first event that is read to each event."""
-    return gap_days.cumsum(1) - gap_days[:, :1]
+    """Return the days (B, T) from the first event that is read to each event, float64."""
+    exact = gap_days.double()
+    return exact.cumsum(1) - exact[:, :1]
 
 
-def days_before_last(gap_days: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many days before the last event each was, and which places hold one, (B, T)."""
-    valid = torch.arange(gap_days.shape[1], device=gap_days.device) < lengths[:, None]
-    elapsed = elapsed_days(gap_days)
-    last = elapsed.gather(1, (lengths - 1).clamp(min=0)[:, None])
-    return (last - elapsed).clamp(min=0.0), valid
+def _starts_visit(prefixes: Prefixes) -> Tensor:
+    """Tell which tokens (N,) begin a visit; a user's very first event does."""
+    is_first = (prefixes.places == 0) & (prefixes.of_tokens(prefixes.before[:, 0]) == 0)
+    return is_first | (prefixes.gap_days >= VISIT_GAP_DAYS)
 
 
-def _starts_visit(gap_days: Tensor, num_events_before: Tensor) -> Tensor:
-    """Tell which events (B, T) begin a visit; a user's very first event does."""
-    is_first = torch.zeros_like(gap_days, dtype=torch.bool)
-    is_first[:, 0] = num_events_before == 0
-    return is_first | (gap_days >= VISIT_GAP_DAYS)
+def _last_visit_gap(prefixes: Prefixes, is_visit: Tensor) -> Tensor:
+    """Return the gap in days (R, C) before the latest visit known, 0 without one.
 
-
-def _last_visit_gap(gap_days: Tensor, is_visit: Tensor) -> Tensor:
-    """Return the gap in days (B,) before the latest visit that is read, 0 without one."""
-    places = torch.arange(gap_days.shape[1], device=gap_days.device)
-    latest = torch.where(is_visit, places, -1).amax(1)
-    gap = gap_days.gather(1, latest.clamp(min=0)[:, None]).squeeze(1)
-    return torch.where(latest >= 0, gap, 0.0)
+    Args:
+        prefixes: the runs.
+        is_visit: which tokens begin a visit known at each cutoff, (N, C).
+    """
+    tokens = torch.arange(len(is_visit), device=is_visit.device)[:, None]
+    latest = torch.full(
+        (prefixes.num_rows + 1, prefixes.num_cuts), -1, device=is_visit.device, dtype=torch.int64
+    ).scatter_reduce(
+        0,
+        prefixes.rows[:, None].expand_as(is_visit),
+        torch.where(is_visit, tokens, -1),
+        reduce="amax",
+    )[:-1]
+    gaps = prefixes.gap_days.index_select(0, latest.reshape(-1).clamp(min=0)).view(latest.shape)
+    return torch.where(latest >= 0, gaps, 0.0)

@@ -59,7 +59,7 @@ def encode_table(
     device = encoder.prior().device
     states = np.zeros((len(table), encoder.state_width), np.float32)
     silence = np.zeros(len(table), np.float32)
-    for batch in table_batches(table, encoder.config.max_events, batch_tokens):
+    for batch in table_batches(table, encoder.config, batch_tokens):
         rows = encoder.encode_state(batch.to(device))[: batch.num_users]
         states[batch.users] = rows.float().cpu().numpy()
         silence[batch.users] = batch.silence_days[: batch.num_users].numpy()

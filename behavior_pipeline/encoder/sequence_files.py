@@ -75,6 +75,45 @@ class SequenceTable:
         columns = (num_events, days, self.visits[safe] + is_cut)
         return np.where(has_event[:, None], np.stack(columns, 1), 0).astype(np.float32)
 
+    def silence_days(self, users: Ints) -> NDArray[np.float32]:
+        """Return the days from users' last events to their cutoffs, (n,); 0 without an event."""
+        if not len(self.times):
+            return np.zeros(len(users), np.float32)
+        last = self.times[np.maximum(self.offsets[users + 1] - 1, 0)]
+        days = (self.cutoffs[users] - last) / MICROSECONDS_A_DAY
+        return np.where(self.lengths[users] > 0, days, 0).astype(np.float32)
+
+    def take(self, users: Ints) -> SequenceTable:
+        """Return some of the users, in the order given."""
+        lengths = self.lengths[users]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        source = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], lengths)
+        return SequenceTable(
+            user_ids=self.user_ids.take(pa.array(users)),
+            offsets=offsets,
+            ids={name: values[source] for name, values in self.ids.items()},
+            gap_days=self.gap_days[source],
+            times=self.times[source],
+            num_events=self.num_events[users],
+            first_times=self.first_times[users],
+            cutoffs=self.cutoffs[users],
+            visits=self.visits[source],
+        )
+
+    def followed_by(self, other: SequenceTable) -> SequenceTable:
+        """Return the users of both tables."""
+
+        def join(name: str) -> Any:
+            return np.concatenate((getattr(self, name), getattr(other, name)))
+
+        names = ("gap_days", "times", "num_events", "first_times", "cutoffs", "visits")
+        return SequenceTable(
+            user_ids=pa.concat_arrays([self.user_ids, other.user_ids]),
+            offsets=np.concatenate((self.offsets, self.offsets[-1] + other.offsets[1:])),
+            ids={name: np.concatenate((self.ids[name], other.ids[name])) for name in self.ids},
+            **{name: join(name) for name in names},
+        )
+
 
 def read_table(table: pa.Table, origin: str) -> SequenceTable:
     """Read an Arrow table of the SEQUENCES contract; `origin` names it in messages.

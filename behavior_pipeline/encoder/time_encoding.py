@@ -7,7 +7,23 @@ import math
 import torch
 from torch import Tensor, nn
 
+from behavior_pipeline.encoder.layers import Linear
+
 SHORTEST_DAYS = 1.0 / 1440.0  # one minute: shorter times share a bucket
+
+
+def to_bits(numbers: Tensor) -> Tensor:
+    """Return float64 numbers as the int64 with the same bits.
+
+    What a module is moved to (bfloat16, say) it moves all its floating-point buffers to. Constants
+    that must stay exact are kept as integers, which stay as they are.
+    """
+    return numbers.double().view(torch.int64)
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    """Return the float64 numbers that `to_bits` was given."""
+    return bits.view(torch.float64)
 
 
 def log_bucket_edges(num_buckets: int, longest_days: float) -> Tensor:
@@ -44,25 +60,28 @@ class TimeEncoding(nn.Module):
     ) -> None:
         super().__init__()
         self.buckets = nn.Embedding(num_buckets, width)
-        self.sinusoids = nn.Linear(2 * num_sinusoids, width, bias=False)
+        self.sinusoids = Linear(2 * num_sinusoids, width, bias=False)
         periods = torch.exp(
             torch.linspace(
                 math.log(1 / 24), math.log(window_days), num_sinusoids, dtype=torch.float64
             )
         )
         edges = log_bucket_edges(num_buckets, 4 * window_days)
-        self.register_buffer("edges", edges, persistent=False)
-        self.register_buffer("frequencies", (2 * math.pi / periods).float(), persistent=False)
+        self.register_buffer("edges", to_bits(edges), persistent=False)
+        self.register_buffer("frequencies", to_bits(2 * math.pi / periods), persistent=False)
 
     def bucket_of(self, days: Tensor) -> Tensor:
         """Return the bucket (same shape, int64) of each time in days."""
-        return torch.bucketize(days.contiguous(), self.edges)
+        return torch.bucketize(days.double().contiguous(), from_bits(self.edges))
+
+    def waves(self, days: Tensor) -> Tensor:
+        """Return sines and cosines (..., 2 x num_sinusoids) of times (...), as the weights are."""
+        angles = days.float().unsqueeze(-1) * from_bits(self.frequencies).float()
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).to(self.sinusoids.weight.dtype)
 
     def forward(self, days: Tensor) -> Tensor:
         """Encode times (...) in days as (..., D)."""
-        angles = days.unsqueeze(-1) * self.frequencies
-        waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        vector: Tensor = self.buckets(self.bucket_of(days)) + self.sinusoids(waves)
+        vector: Tensor = self.buckets(self.bucket_of(days)) + self.sinusoids(self.waves(days))
         return vector
 
 
@@ -84,25 +103,31 @@ class RotaryClock(nn.Module):
         super().__init__()
         pairs = head_width // 4
         steps = torch.arange(pairs, dtype=torch.float64) / pairs
-        self.register_buffer("place_frequencies", (10_000.0**-steps).float(), persistent=False)
+        self.register_buffer("place_frequencies", to_bits(10_000.0**-steps), persistent=False)
         # Periods from half a day to some four years.
         day_periods = 0.5 * 3000.0**steps
         self.register_buffer(
-            "day_frequencies", (2 * math.pi / day_periods).float(), persistent=False
+            "day_frequencies", to_bits(2 * math.pi / day_periods), persistent=False
         )
 
-    def forward(self, elapsed_days: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (B, 1, T, head_width / 2) of events at `elapsed_days` (B, T)."""
-        places = torch.arange(
-            elapsed_days.shape[1], device=elapsed_days.device, dtype=torch.float32
-        )
-        by_place = (places[:, None] * self.place_frequencies).expand(len(elapsed_days), -1, -1)
-        by_day = elapsed_days.float().unsqueeze(-1) * self.day_frequencies
-        angles = torch.cat((by_place, by_day), dim=-1).unsqueeze(1)
+    def forward(self, places: Tensor, elapsed_days: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (N, 1, head_width / 2), float32.
+
+        The angles are float64: after ten years the fastest has turned by 50,000, of which float32
+        keeps two decimals.
+
+        Args:
+            places: place of each event in its user's events, (N,).
+            elapsed_days: days from its user's first event that is read, (N,) float64.
+        """
+        by_place = places.double().unsqueeze(-1) * from_bits(self.place_frequencies)
+        by_day = elapsed_days.double().unsqueeze(-1) * from_bits(self.day_frequencies)
+        angles = torch.cat((by_place, by_day), dim=-1).remainder(2 * math.pi).float().unsqueeze(-2)
         return angles.cos(), angles.sin()
 
 
 def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn the pairs (i, i + half) of vectors (B, H, T, W) by the angles."""
+    """Turn the pairs (i, i + half) of vectors (N, H, W) by the angles; keep their precision."""
     first, second = vectors.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+    turned = torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+    return turned.to(vectors.dtype)

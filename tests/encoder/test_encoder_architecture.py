@@ -232,7 +232,7 @@ def test_time_buckets_are_log_spaced_from_a_minute():
     ("changes", "message"),
     [
         ({"width": 50}, "multiple of 4"),
-        ({"field_sizes": {"action": 8}}, "lacks item"),
+        ({"field_sizes": {"item": 8}}, "lacks action"),
         ({"field_sizes": {**SIZES, "item": 2}}, "item"),
         ({"num_layers": 0}, "at least 1"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behavior_pipeline.encoder.architecture import Encoder
-from behavior_pipeline.encoder.batches import padded_length, read_batches, table_batches
+from behavior_pipeline.encoder.batches import read_batches, table_batches
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.inference import encode_files, encode_table, read_out
+from behavior_pipeline.encoder.layouts import padded_length
 from behavior_pipeline.encoder.sequence_files import (
     read_in_order,
     read_shuffled,
@@ -23,6 +25,8 @@ from behavior_pipeline.encoder.sequence_files import (
     survey,
 )
 from behavior_pipeline.errors import PipelineError
+
+SHAPE = EncoderConfig.named("tiny", SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_a_slice_of_a_table_reads_like_the_rows_alone():
 def test_only_the_newest_events_are_read_and_what_came_before_is_told():
     days = [0, 2, 4, 4.1, 7, 11]
     table = read_table(sequences_table([user_row("a", days, 1, kept=5)]), "here")
-    (batch,) = table_batches(table, max_events=3, batch_tokens=24)
+    (batch,) = table_batches(table, replace(SHAPE, max_events=3), batch_tokens=24)
     assert batch.gap_days[0, :3].tolist() == pytest.approx([0.1, 2.9, 4])
     # Three events before: on day 0, which the list does not hold, and on days 2 and 4.
     assert batch.before[0].tolist() == pytest.approx([3, 4.1, 3])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 
 from behavior_pipeline.encoder.contrast import hard_info_nce
-from behavior_pipeline.encoder.objectives import info_nce
+from behavior_pipeline.encoder.losses import info_nce
 
 
 def windows(count: int = 12, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from behavior_pipeline.encoder.sequence_files import (
     survey,
     to_microseconds,
 )
+from behavior_pipeline.encoder.training_batches import TrainingBatch
 
 DAY = 86_400_000_000
 CONFIG = TrainingConfig.named("tiny")
@@ -88,6 +89,12 @@ def test_a_short_training_period_shortens_the_horizon():
     assert to_microseconds(found.started_at) < plan.earliest < plan.latest
 
 
+def users_of(batch: TrainingBatch) -> torch.Tensor:
+    """Tell which rows are users: those with an event before or after the cutoff."""
+    histories, following = batch.prefixes.lengths[:, -1].chunk(2)
+    return histories + following > 0
+
+
 def test_histories_end_before_the_cutoff_and_windows_start_from_it(folders):
     files = sequence_files(folders.sequences)
     moment = at(120)
@@ -96,15 +103,16 @@ def test_histories_end_before_the_cutoff_and_windows_start_from_it(folders):
     batches += list(islice(BatchMaker(files, SHAPE, CONFIG, plan).training(), 6))
     pairs = 0
     for batch in batches:
-        has_history = batch.history.lengths > 0
-        silence = batch.history.silence_days[has_history]
-        assert (silence > 0).all()
-        assert not batch.history.silence_days[~has_history].any()
-        assert not batch.future.gap_days[:, 0].any()
-        assert not batch.future.before.any()
+        histories, following = batch.prefixes.lengths[:, -1].chunk(2)
+        silence = batch.cuts[0].silence_days
+        assert (silence > 0).equal(histories > 0)
+        starts = batch.prefixes.starts.chunk(2)[1][following > 0]
+        assert not batch.tokens.gap_days[starts].any()
+        assert not batch.prefixes.before.chunk(2)[1].any()
         # Everything of a user is either before or after: no event counts twice or is lost.
-        assert (batch.history.before[:, 0] + batch.history.lengths + batch.future.lengths > 0).all()
-        pairs += int((has_history & (batch.future.lengths > 0)).sum())
+        assert users_of(batch).sum() == batch.num_users
+        assert batch.is_pair.equal((histories > 0) & (following > 0))
+        pairs += int(batch.is_pair.sum())
     assert pairs > 10
 
 
@@ -113,7 +121,7 @@ def test_a_user_who_never_came_back_is_labelled_so(folders):
     moment = at(149)
     batches = BatchMaker(files, SHAPE, CONFIG, CutoffPlan(moment, moment, 30 * DAY)).validation()
     for batch in batches:
-        gone = batch.future.lengths == 0
+        gone = users_of(batch) & (batch.prefixes.lengths[:, -1].chunk(2)[1] == 0)
         for cut in batch.cuts:
             assert (cut.next_time[gone] == 6).all()
             assert not cut.window["action"][gone].any()
@@ -125,10 +133,12 @@ def test_every_cutoff_of_a_batch_knows_only_what_came_before_it(folders):
     num_earlier = 0
     for batch in islice(BatchMaker(files, SHAPE, CONFIG, plan).training(), 8):
         assert len(batch.cuts) == CONFIG.cutoffs_per_user == 3
-        assert torch.equal(batch.cuts[0].lengths, batch.history.lengths)
-        assert torch.equal(batch.cuts[0].silence_days, batch.history.silence_days)
-        elapsed = batch.history.gap_days.double().cumsum(1)
-        ends = [end_of(elapsed, cut) for cut in batch.cuts]
+        size = len(batch.is_pair)
+        histories = batch.prefixes.lengths[:size]
+        assert torch.equal(batch.cuts[0].lengths, histories[:, -1])
+        for column, cut in enumerate(reversed(batch.cuts)):
+            assert torch.equal(cut.lengths, histories[:, column])
+        ends = [end_of(batch, cut) for cut in batch.cuts]
         for cut, later, end, later_end in zip(
             batch.cuts[1:], batch.cuts, ends[1:], ends, strict=False
         ):
@@ -137,27 +147,26 @@ def test_every_cutoff_of_a_batch_knows_only_what_came_before_it(folders):
             # The moment of a cut is its last event and the silence after it: never a later one,
             # and never beyond the first event that it does not know.
             assert (end <= later_end + 1e-3)[known].all()
-            following = elapsed.gather(1, cut.lengths.clamp(max=elapsed.shape[1] - 1)[:, None])
-            has_following = known & (cut.lengths < batch.history.lengths)
-            assert (end <= following[:, 0] + 1e-3)[has_following].all()
+            following = batch.tokens.elapsed_days[batch.prefixes.starts[:size] + cut.lengths]
+            has_following = known & (cut.lengths < histories[:, -1])
+            assert (end <= following + 1e-3)[has_following].all()
             num_earlier += int((cut.lengths < later.lengths).sum())
     assert num_earlier > 10
 
 
-def end_of(elapsed: torch.Tensor, cut: CutLabels) -> torch.Tensor:
-    """Return each cut's moment in days on the clock of `elapsed` (B, T)."""
-    last = elapsed.gather(1, (cut.lengths - 1).clamp(min=0)[:, None])[:, 0]
-    return last + cut.silence_days
+def end_of(batch: TrainingBatch, cut: CutLabels) -> torch.Tensor:
+    """Return each cut's moment in days since the user's first event that is read."""
+    last = batch.prefixes.starts[: len(cut.lengths)] + (cut.lengths - 1).clamp(min=0)
+    return batch.tokens.elapsed_days[last] + cut.silence_days
 
 
 def test_window_rates_by_hand(folders):
     files = sequence_files(folders.sequences)
     plan = plan_cutoffs(survey(files), CONFIG)
     (batch,) = islice(BatchMaker(files, SHAPE, CONFIG, plan).training(), 1)
-    found = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    found = torch.tensor([[True, False], [True, True], [False, False]])
     cuts = tuple(replace(cut, window={"item": found}) for cut in batch.cuts[:2])
-    cuts = tuple(replace(cut, lengths=torch.tensor([3, 0])) for cut in cuts)
-    rates = window_rates([replace(batch, cuts=cuts)])
+    rates = window_rates([replace(batch, cuts=cuts, num_users=2)])
     # Two users at two cutoffs, and the imagined user with a hundredth of each target.
     assert rates["item"].tolist() == pytest.approx([4.01 / 5, 2.01 / 5])
     assert window_rates([]) == {}
@@ -171,14 +180,11 @@ def test_validation_users_are_never_trained_on(folders):
     kept = is_validation(users, 0.3)
     assert 5 < kept.sum() < 35
     maker = BatchMaker(files, SHAPE, config, plan)
-    validation = sum(batch.history.num_users for batch in maker.validation())
+    validation = sum(batch.num_users for batch in maker.validation())
     assert validation == kept[:-1].sum()  # the last user has no event
-    epoch: list[int] = []
-    for batch in maker.training():
-        epoch.append(batch.history.num_users)
-        if sum(epoch) >= 59 - validation:
-            break
-    assert sum(epoch) == 59 - validation
+    seen = list(islice(maker._parts(), 12))
+    trained = {user for part in seen for user in part.table.user_ids.take(part.users).to_pylist()}
+    assert trained == set(np.array(users)[:-1][~kept[:-1]])
 
 
 def test_the_validation_share_is_a_function_of_the_user_alone():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -12,17 +13,16 @@ from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.embedder import FieldEmbedding
-from behavior_pipeline.encoder.objectives import (
+from behavior_pipeline.encoder.losses import (
     MAX_FULL_SOFTMAX,
     FieldPrediction,
-    Silence,
-    corrupt,
-    draw_events,
     info_nce,
     log_uniform_log_probability,
     sample_log_uniform,
     sampled_cross_entropy,
 )
+from behavior_pipeline.encoder.masking import corrupt, draw_events
+from behavior_pipeline.encoder.objectives import Silence
 
 
 def test_info_nce_of_two_pairs_by_hand():
@@ -63,8 +63,8 @@ def test_a_field_is_predicted_by_the_full_softmax_and_padding_is_no_target():
     torch.manual_seed(0)
     head = FieldPrediction(FieldEmbedding(9, 6, 6), 6, 5)
     hidden, targets = torch.randn(4, 6), torch.tensor([5, PAD_ID, 8, PAD_ID])
-    logits = head.transform(hidden) @ head.table.weight.T + head.bias
-    expected = F.cross_entropy(logits[[0, 2]], targets[[0, 2]])
+    logits = (head.transform(hidden) @ head.table.weight.T + head.bias)[:, 1:]
+    expected = F.cross_entropy(logits[[0, 2]], targets[[0, 2]] - 1)
     torch.testing.assert_close(head(hidden, targets), expected)
     assert head(hidden, torch.zeros(4, dtype=torch.long)).item() == 0
 
@@ -94,27 +94,24 @@ def test_a_silence_head_starts_at_the_rates_it_is_given():
     torch.testing.assert_close(predicted, rates.expand(3, -1), atol=0.01, rtol=0)
 
 
-def test_fifteen_percent_of_the_events_are_drawn_and_no_padding():
-    torch.manual_seed(0)
-    valid = torch.zeros(200, 100, dtype=torch.bool)
-    valid[:, :60] = True
-    drawn = draw_events(valid, 0.15)
-    assert not (drawn & ~valid).any()
-    assert drawn.sum().item() / valid.sum().item() == pytest.approx(0.15, abs=0.01)
+def test_fifteen_percent_of_the_events_are_drawn_each_once():
+    random = np.random.default_rng(0)
+    drawn = draw_events(12_000, 0.15, random)
+    assert len(set(drawn.tolist())) == len(drawn) == 1800
+    assert (drawn >= 0).all()
+    assert (drawn < 12_000).all()
+    assert len(draw_events(3, 0.15, random)) == 1
+    assert len(draw_events(0, 0.15, random)) == 0
 
 
 def test_drawn_events_are_masked_swapped_or_kept_in_berts_shares():
-    torch.manual_seed(0)
-    ids = {
-        "action": torch.randint(4, 10_000, (200, 100)),
-        "item": torch.zeros(200, 100, dtype=torch.long),
-    }
-    drawn = torch.rand(200, 100) < 0.5
-    corrupted = corrupt(ids, drawn)
+    random = np.random.default_rng(0)
+    ids = {"action": random.integers(4, 10_000, 20_000), "item": np.zeros(20_000, np.int64)}
+    drawn = draw_events(20_000, 0.5, random)
+    corrupted = corrupt(ids, drawn, random)
     before, after = ids["action"][drawn], corrupted["action"][drawn]
-    masked = (after == MASK_ID).float().mean().item()
-    kept = (after == before).float().mean().item()
-    assert masked == pytest.approx(0.8, abs=0.02)
-    assert kept == pytest.approx(0.1, abs=0.02)
-    assert torch.equal(corrupted["action"][~drawn], ids["action"][~drawn])
+    assert (after == MASK_ID).mean() == pytest.approx(0.8, abs=0.02)
+    assert (after == before).mean() == pytest.approx(0.1, abs=0.02)
+    others = np.setdiff1d(np.arange(20_000), drawn)
+    assert np.array_equal(corrupted["action"][others], ids["action"][others])
     assert not corrupted["item"].any()
