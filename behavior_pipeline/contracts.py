@@ -160,6 +160,26 @@ SEQUENCES: Final = _contract(
 )
 
 
+FINGERPRINT_BYTES: Final = 16
+
+
+def state_schema(width: int) -> pa.Schema:
+    """Return the schema of states of a width; one row per user, sorted by user_id.
+
+    `fingerprint` is a hash of all that the state was computed from.
+    """
+    return pa.schema(
+        [
+            pa.field("user_id", pa.string()),
+            pa.field("state", pa.list_(pa.float32(), width)),
+            pa.field("num_events", pa.int64()),
+            pa.field("last_event_at", TIMESTAMP),
+            pa.field("fingerprint", pa.binary(FINGERPRINT_BYTES)),
+            pa.field("checkpoint_id", pa.string()),
+        ]
+    )
+
+
 def embedding_schema(width: int) -> pa.Schema:
     """Return the schema of embeddings of a width; one row per user and cutoff, sorted by user_id.
 

@@ -30,7 +30,6 @@ from behavior_pipeline.embeddings.states import (
     KnownStates,
     Vectors,
     fingerprints,
-    from_vectors,
     silence_days,
     state_schema,
     states_table,
@@ -38,6 +37,7 @@ from behavior_pipeline.embeddings.states import (
 from behavior_pipeline.encoder.checkpoints import Checkpoint, load_checkpoint
 from behavior_pipeline.encoder.inference import encode_table, read_out
 from behavior_pipeline.encoder.sequence_files import read_table
+from behavior_pipeline.encoder.vector_tables import embeddings_table
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.sequences.reading import count_users, read_bucket, sequence_files
@@ -312,36 +312,20 @@ def _embed(sequences: pa.Table, path: Path, known: KnownStates, night: _Night) -
 
 def _embeddings_table(sequences: pa.Table, states: Vectors, path: Path, night: _Night) -> pa.Table:
     """Read states (N, S) out at the cutoff."""
-    is_cold_start = sequences["num_events"].to_numpy() == 0
     silence = silence_days(sequences["last_event_at"], night.cutoff)
     embeddings = read_out(night.checkpoint.encoder, states, silence)
-    embeddings[is_cold_start] = _prior(night)
-    if not np.isfinite(embeddings).all():
-        raise AssertionError(f"{path.name} has an embedding that is not finite")
-    return pa.table(
-        [
-            sequences["user_id"],
-            sequences["observation_cutoff"],
-            from_vectors(embeddings),
-            pa.repeat(night.checkpoint.checkpoint_id, len(sequences)),
-            sequences["num_events"],
-            sequences["last_event_at"],
-            pa.array(is_cold_start),
-            pa.repeat(_written_at(night), len(sequences)),
-        ],
-        schema=embedding_schema(night.width),
-    )
+    try:
+        return embeddings_table(
+            sequences, embeddings, _prior(night), night.checkpoint.checkpoint_id, night.written_at
+        )
+    except AssertionError as error:
+        raise AssertionError(f"{path.name} has an embedding that is not finite") from error
 
 
 def _prior(night: _Night) -> Vectors:
     """Return the embedding (D,) of a user of whom nothing is known."""
     prior: Vectors = night.checkpoint.encoder.prior().detach().float().cpu().numpy()
     return prior
-
-
-def _written_at(night: _Night) -> pa.Scalar:
-    """Return `written_at` as Arrow has it."""
-    return pa.scalar(night.written_at, embedding_schema(night.width).field("written_at").type)
 
 
 def _prior_table(night: _Night) -> pa.Table:

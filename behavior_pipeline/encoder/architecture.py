@@ -21,7 +21,7 @@ from behavior_pipeline.encoder.flops import pass_flops
 from behavior_pipeline.encoder.history import HISTORY_SCALARS, Prefixes, history_at
 from behavior_pipeline.encoder.layers import FeedForward, Linear, initialise, make_norm
 from behavior_pipeline.encoder.layouts import Ints, Layout
-from behavior_pipeline.encoder.packing import Tokens
+from behavior_pipeline.encoder.packing import PackedBatch, Tokens
 from behavior_pipeline.encoder.pooling import NUM_SCALARS, CausalPass, Pooling, Readout
 from behavior_pipeline.encoder.time_encoding import RotaryClock, rotate
 
@@ -207,6 +207,10 @@ class Encoder(nn.Module):
         """Return states (R, C, S) of a pass over (N, D) at every cutoff of every run."""
         summary = self.pooling(passed, prefixes)
         return torch.cat((summary.float(), history_at(prefixes)), dim=-1)
+
+    def packed_states(self, batch: PackedBatch) -> Tensor:
+        """Return states (R, S) float32 of packed histories; filler runs have states as well."""
+        return self.pool_at(self.transform(batch.tokens), batch.prefixes)[:, 0]
 
     def encode_state(self, batch: EventBatch) -> Tensor:
         """Return states (B, S) float32 after the last events; they do not depend on a cutoff."""

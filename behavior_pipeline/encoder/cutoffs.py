@@ -141,14 +141,16 @@ class BatchMaker:
     def validation(self) -> list[TrainingBatch]:
         """Return the validation users' batches, the same at every call; maybe none."""
         random = np.random.default_rng([self.config.seed, 2**32 - 1])
-        batches: list[TrainingBatch] = []
-        left = self.config.max_validation_users
+        left, kept = self.config.max_validation_users, None
         for table in read_in_order(self.files, self.config.shuffle_users):
             users = np.flatnonzero(self._is_kept(table) & (table.lengths > 0))[:left]
-            drawn = self._draw(table, random.permutation(users), random)
-            batches += [self._make(part) for part in self._split_evenly(drawn)]
             left -= len(users)
-        return batches
+            taken = table.take(users)
+            kept = taken if kept is None else kept.followed_by(taken)
+        if kept is None or not len(kept):
+            return []
+        drawn = self._draw(kept, random.permutation(len(kept)), random)
+        return [self._make(part) for part in self._split_evenly(drawn)]
 
     def _parts(self) -> Iterator[_Drawn]:
         """Yield the users of each batch, cut, without end."""
@@ -221,7 +223,7 @@ class BatchMaker:
             num_users=len(drawn.users),
             num_events=flat.num_tokens,
             num_masked_tokens=0 if copies is None else copies.num_tokens,
-            typical_users=drawn.typical_users,
+            typical_users=torch.tensor(drawn.typical_users),
         )
 
     def _causal(self, drawn: _Drawn) -> tuple[FlatRuns, Ints]:
@@ -335,11 +337,10 @@ class _Drawn:
 
 def _room_for_users(files: Sequence[Path], encoder: EncoderConfig, config: TrainingConfig) -> int:
     """Return U: so many users that tokens run out before, as far as their lengths tell."""
-    longest = encoder.max_events + config.max_future_events
     events = np.concatenate(
         [pq.read_table(path, columns=["num_events"])["num_events"].to_numpy() for path in files]
     )
-    lengths = np.minimum(events[events > 0], longest)
+    lengths = np.minimum(events[events > 0], encoder.max_events)
     if not len(lengths):
         return 1
     count = config.causal_tokens / lengths.mean()

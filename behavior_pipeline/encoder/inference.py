@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import BATCH_TOKENS, CHUNK_USERS, table_batches
-from behavior_pipeline.encoder.sequence_files import SequenceTable, read_in_order
+from behavior_pipeline.encoder.packing import PACKED_TOKENS, packed_batches
+from behavior_pipeline.encoder.prefetch import prefetched
+from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable, read_in_order
 
 READOUT_USERS = 1024
 """Users read out at once; always so many rows, so that no user's numbers depend on the others."""
@@ -53,17 +57,64 @@ def encode_table(
 ) -> UserStates:
     """Return the states of a table's users, in its order.
 
-    A user's state is the same to the last bit whoever else is in the table, on one machine with
-    one number of threads.
+    On a CPU a user's state is the same to the last bit whoever else is in the table, on one machine
+    with one number of threads. On a GPU batches are packed and hold PACKED_TOKENS tokens or more.
     """
     device = encoder.prior().device
     states = np.zeros((len(table), encoder.state_width), np.float32)
-    silence = np.zeros(len(table), np.float32)
-    for batch in table_batches(table, encoder.config, batch_tokens):
-        rows = encoder.encode_state(batch.to(device))[: batch.num_users]
-        states[batch.users] = rows.float().cpu().numpy()
-        silence[batch.users] = batch.silence_days[: batch.num_users].numpy()
+    users = (
+        _packed_states(encoder, table, max(batch_tokens, PACKED_TOKENS), device)
+        if device.type == "cuda"
+        else _padded_states(encoder, table, batch_tokens, device)
+    )
+    for places, rows in users:
+        states[places] = rows.float().cpu().numpy()
+    silence = table.silence_days(np.arange(len(table)))
     return UserStates(table.user_ids, states, silence, table)
+
+
+def _padded_states(
+    encoder: Encoder, table: SequenceTable, batch_tokens: int, device: torch.device
+) -> Iterator[tuple[Ints, Tensor]]:
+    """Yield users and their states (n, S) from batches of like lengths."""
+    for batch in table_batches(table, encoder.config, batch_tokens):
+        yield batch.users, encoder.encode_state(batch.to(device))[: batch.num_users]
+
+
+def _packed_states(
+    encoder: Encoder, table: SequenceTable, num_tokens: int, device: torch.device
+) -> Iterator[tuple[Ints, Tensor]]:
+    """Yield users and their states (n, S) from packed batches, in bfloat16.
+
+    Each batch's states are yielded when the next batch is already at work, so that the GPU does
+    not wait while they are fetched.
+    """
+    waiting: tuple[Ints, Tensor] | None = None
+    is_long = encoder.pooling.mix.weight.dtype == torch.float32
+    for batch in prefetched(packed_batches(table, encoder.config, num_tokens), device):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_long):
+            states = encoder.packed_states(batch)[: len(batch.users)]
+        if waiting is not None:
+            yield waiting
+        waiting = batch.users, states
+    if waiting is not None:
+        yield waiting
+
+
+def fast_copy(encoder: Encoder, *, is_compiled: bool) -> Encoder:
+    """Return a copy for inference on a GPU: bfloat16 weights, but those of the cheap readout.
+
+    Args:
+        encoder: stays as it is.
+        is_compiled: whether the pass is compiled: a minute at first, then fewer passes over memory.
+    """
+    copied = copy.deepcopy(encoder).eval()
+    for part in (copied.embedder, copied.blocks, copied.final_norm, copied.pooling):
+        part.to(torch.bfloat16)
+    if is_compiled:
+        compiled = torch.compile(copied.packed_states, fullgraph=True, dynamic=False)
+        copied.packed_states = compiled  # type: ignore[method-assign]
+    return copied
 
 
 @torch.inference_mode()

@@ -176,7 +176,10 @@ class Runs:
             _compile=query.is_cuda,
         )  # fmt: skip
         parts = [part.transpose(0, 1)[None] for part in (query, key, value)]
-        mixed = flex_attention(parts[0], parts[1], parts[2], block_mask=mask)
+        # Uncompiled it would lay out all N x N scores.
+        is_alone = query.is_cuda and not torch.compiler.is_compiling()
+        attend = torch.compile(flex_attention) if is_alone else flex_attention
+        mixed = attend(parts[0], parts[1], parts[2], block_mask=mask)
         assert isinstance(mixed, Tensor)  # noqa: S101 - no auxiliary output was asked for
         return mixed[0].transpose(0, 1)
 

@@ -169,7 +169,7 @@ class Silence(nn.Module):
             if field in rates:
                 head.bias.copy_(torch.logit(rates[field]))
 
-    def forward(self, embedding: Tensor, cut: CutLabels, typical_users: float) -> Tensor:
+    def forward(self, embedding: Tensor, cut: CutLabels, typical_users: Tensor) -> Tensor:
         """Return the loss of embeddings (U, D) at a cutoff, over the users of an average batch."""
         losses = F.cross_entropy(self.next_time(embedding).float(), cut.next_time, reduction="none")
         for field, head in self.window.items():

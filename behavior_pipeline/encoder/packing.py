@@ -257,9 +257,9 @@ class PackedBatch:
     silence_days: Tensor
     users: Ints
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """Return the batch on a device, without waiting for it to arrive."""
-        how: dict[str, Any] = {"device": device, "non_blocking": True}
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch on a device."""
+        how: dict[str, Any] = {"device": device, "non_blocking": non_blocking}
         return PackedBatch(
             self.tokens.to(**how),
             self.prefixes.to(**how),

@@ -72,7 +72,7 @@ class TrainingBatch:
         num_users: users in the batch.
         num_events: events in the batch, masked copies not counted.
         num_masked_tokens: events in the masked copies.
-        typical_users: users of an average batch: what sums over users are divided by, so that
+        typical_users: users of an average batch, (): what sums over users are divided by, so that
             users count alike in batches of short and of long histories.
     """
 
@@ -85,7 +85,7 @@ class TrainingBatch:
     num_users: int
     num_events: int
     num_masked_tokens: int
-    typical_users: float
+    typical_users: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TrainingBatch:
         """Return the batch on a device."""
@@ -98,6 +98,7 @@ class TrainingBatch:
             masked=None if self.masked is None else self.masked.to(**how),
             cuts=tuple(cut.to(**how) for cut in self.cuts),
             is_pair=self.is_pair.to(**how),
+            typical_users=self.typical_users.to(**how),
         )
 
     def pin_memory(self) -> TrainingBatch:
