@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from encoder_data import keep_users, newest_actions, read_users
 from encoder_parallel import USERS_VARIABLE, rate_of_two, work
-from encoder_rates import precision, rates
+from encoder_rates import rates
 from encoder_setup import Bench
 from figures import figure, measured, publish
 from torch import nn
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import PRESETS, EncoderConfig
-from behavior_pipeline.encoder.inference import encode_table, read_out
+from behavior_pipeline.encoder.inference import encode_table, fast_copy, read_out
 from behavior_pipeline.encoder.sequence_files import SequenceTable
 
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200
@@ -65,11 +65,14 @@ def infer_over_hf_bf16(bench: Bench) -> Line:
     import encoder_peers  # noqa: PLC0415 - needs transformers
 
     table = read_users(bench.users, bench.given.infer_users)
-    encoder = bench.encoder().eval()
-    ours = rates(partial(embed, encoder, table), bench.device, bench.given.seconds)
+    torch.manual_seed(0)
+    encoder = Encoder(bench.shape).to(bench.device).eval()
+    if bench.device.type == "cuda":
+        encoder = fast_copy(encoder, is_compiled=bench.given.compile)
+    ours = rates(partial(embed, encoder, table), bench.device, bench.given.seconds, warm_up=1)
     bert = encoder_peers.BertInference(bench.shape).to(bench.device, torch.bfloat16).eval()
     work_of_bert = partial(embed_by_bert, bert, table, bench)
-    theirs = rates(work_of_bert, bench.device, bench.given.seconds)
+    theirs = rates(work_of_bert, bench.device, bench.given.seconds, warm_up=1)
     peer = f"Hugging Face BERT, padded to {bench.shape.max_events}, bf16"
     return figure("infer_over_hf_bf16", ours, peer, theirs, "users/s")
 
@@ -80,8 +83,10 @@ def infer_cpu_over_padded(bench: Bench) -> Line:
     shape = EncoderConfig.named(bench.given.cpu_preset, bench.shape.field_sizes)
     torch.manual_seed(0)
     encoder, cpu = Encoder(shape).eval(), torch.device("cpu")
-    ours = rates(partial(embed, encoder, table), cpu, bench.given.seconds)
-    theirs = rates(partial(embed_padded, encoder, table), cpu, bench.given.seconds)
+    ours = rates(partial(embed, encoder, table), cpu, bench.given.seconds, warm_up=1)
+    # Padded, every user costs the same: some are enough.
+    some = read_users(bench.users, bench.given.cpu_users // 8)
+    theirs = rates(partial(embed_padded, encoder, some), cpu, bench.given.seconds, warm_up=1)
     peer = f"the same model, padded to {shape.max_events}, fp32"
     line = figure("infer_cpu_over_padded", ours, peer, theirs, "users/s")
     about = {"preset": bench.given.cpu_preset, "device": "CPU", "threads": torch.get_num_threads()}
@@ -90,10 +95,8 @@ def infer_cpu_over_padded(bench: Bench) -> Line:
 
 def embed(encoder: Encoder, table: SequenceTable) -> int:
     """Embed a table's users as the nightly run does."""
-    device = encoder.prior().device
-    with precision(device, "bf16" if device.type == "cuda" else "fp32"):
-        found = encode_table(encoder, table)
-        read_out(encoder, found.states, found.silence_days)
+    found = encode_table(encoder, table)
+    read_out(encoder, found.states, found.silence_days)
     return len(table)
 
 
@@ -169,12 +172,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="base", help="of GPU figures")
     parser.add_argument("--cpu-preset", choices=PRESETS, default="small", help="of CPU figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ours")
     parser.add_argument("--batch-tokens", type=int, help="of ours; default the preset's")
     parser.add_argument("--peer-users", type=int, default=128, help="in a padded batch")
     parser.add_argument("--infer-users", type=int, default=16_384, help="embedded on the GPU")
-    parser.add_argument("--cpu-users", type=int, default=2048, help="embedded on the CPU")
+    parser.add_argument("--cpu-users", type=int, default=8192, help="embedded on the CPU")
     parser.add_argument("--min-events", type=int, default=5, help="users with fewer are left out")
     parser.add_argument("--max-users", type=int, default=200_000, help="users at the most")
     parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS)

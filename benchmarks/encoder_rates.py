@@ -27,6 +27,7 @@ def rates(
     device: torch.device,
     seconds: float,
     agree: Callable[[int], int] = int,
+    warm_up: int = WARM_UP_STEPS,
 ) -> list[float]:
     """Return what `step` got through per second in each of five rounds.
 
@@ -35,8 +36,9 @@ def rates(
         device: where the work is.
         seconds: how long all rounds take together, about; one step a round at the least.
         agree: turns a number of steps into that which all processes take.
+        warm_up: steps that are not timed.
     """
-    for _ in range(WARM_UP_STEPS):
+    for _ in range(warm_up):
         step()
     wait(device)
     began = time.perf_counter()

@@ -59,18 +59,13 @@ class Bench:
         }
         self._ours: tuple[list[float], list[float]] | None = None
 
-    def encoder(self, shape: EncoderConfig | None = None) -> Encoder:
-        """Return our encoder, its blocks compiled where that was asked for."""
+    def model(self) -> Both:
+        """Return our encoder, its blocks compiled where that was asked for, and its objectives."""
         torch.manual_seed(0)
-        encoder = Encoder(shape or self.shape).to(self.device)
+        encoder = Encoder(self.shape).to(self.device)
         if self.given.compile:
             for block in encoder.blocks:
                 block.compile()
-        return encoder
-
-    def model(self) -> Both:
-        """Return our encoder with its objectives."""
-        encoder = self.encoder()
         return Both(encoder, Objectives(encoder, self.config).to(self.device))
 
     def batches(self, rank: int = 0, world_size: int = 1) -> list[TrainingBatch]:
@@ -111,7 +106,8 @@ class Bench:
         torch.manual_seed(0)
         model = getattr(encoder_peers, name)(self.shape).to(self.device).train()
         if name == "PlainTransformer" and self.given.compile:
-            model.compile()
+            for layer in model.layers.layers:
+                layer.compile()
         batches = [batch.to(self.device) for batch in self.padded()]
 
         def loss_of(number: int) -> tuple[Tensor, int]:

@@ -25,7 +25,7 @@ def run(folders: Folders, figures: str) -> dict[str, dict]:
         sys.executable, "-c", PROGRAM,
         "--sequences", str(folders.sequences), "--vocabulary", str(folders.vocabulary),
         "--device", "cpu", "--preset", "tiny", "--cpu-preset", "tiny", "--precision", "fp32",
-        "--seconds", "0.01", "--peer-users", "8", "--infer-users", "20", "--cpu-users", "20",
+        "--seconds", "0.01", "--peer-users", "8", "--infer-users", "20", "--cpu-users", "40",
         "--only", figures,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
