@@ -93,9 +93,11 @@ def _losses(
     # A row without a negative takes all columns, lest its sums be empty; it is masked later.
     is_used = is_negative | ~is_anchor[:, None]
     count = is_used.sum(1).float().log()
-    weights = (beta * scores.detach()).masked_fill(~is_used, -torch.inf)
-    log_weights = weights - torch.logsumexp(weights, 1, keepdim=True) + count[:, None]
-    others = torch.logsumexp(scores.masked_fill(~is_used, -torch.inf) + log_weights, 1)
+    counted = scores.masked_fill(~is_used, -torch.inf)
+    if beta:
+        weights = beta * counted.detach()
+        counted = counted + weights - torch.logsumexp(weights, 1, keepdim=True) + count[:, None]
+    others = torch.logsumexp(counted, 1)
     if positive_share:
         others = _debias(others, own, count, positive_share, floor)
     return F.softplus(others - own)

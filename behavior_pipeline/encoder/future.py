@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Final, Literal
 
 import numpy as np
@@ -25,29 +24,26 @@ from torch import Tensor, nn
 
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.contrast import hard_info_nce
+from behavior_pipeline.encoder.layers import Linear
+from behavior_pipeline.encoder.sequence_files import MICROSECONDS_A_DAY, Ints
 
 HORIZON_DAYS: Final = (7.0, 28.0)
 """How far ahead the window reaches, where the data are long enough."""
 
-Ints = NDArray[np.int64]
-
-_SPAN_SHARE: Final = 1 / 3  # of the data's span that the longest horizon takes at the most
 _RARE_LOGIT: Final = -4.0  # a target is rare: where its head starts without a known rate
 _HEAD_SPREAD: Final = 1e-3  # of a head's first weights: it starts at its biases
 
 
-def scaled_horizons(
-    span: timedelta, horizon_days: Sequence[float] = HORIZON_DAYS
-) -> tuple[int, ...]:
-    """Return the horizons, all shortened alike so that the longest is at most a third of the span.
+def scaled_horizons(longest: int, horizon_days: Sequence[float] = HORIZON_DAYS) -> tuple[int, ...]:
+    """Return the horizons, all shortened alike until the last is no longer than `longest`.
 
     Raises:
         ValueError: if the horizons do not rise from above zero.
     """
     if not horizon_days or min(np.diff([0.0, *horizon_days])) <= 0:
         raise ValueError("horizons must rise from above zero")
-    scale = min(1.0, span * _SPAN_SHARE / timedelta(days=horizon_days[-1]))
-    return tuple(timedelta(days=days * scale) // timedelta(microseconds=1) for days in horizon_days)
+    scale = min(1.0, longest / (horizon_days[-1] * MICROSECONDS_A_DAY))
+    return tuple(int(days * scale * MICROSECONDS_A_DAY) for days in horizon_days)
 
 
 @dataclass(frozen=True)
@@ -140,11 +136,7 @@ class FutureWindow(nn.Module):
         super().__init__()
         self.num_horizons = num_horizons
         self.heads = nn.ModuleDict(
-            {
-                field: nn.Linear(width, num_horizons * size)
-                for field, size in sizes.items()
-                if size > 0
-            }
+            {field: Linear(width, num_horizons * size) for field, size in sizes.items() if size > 0}
         )
         for head in self.heads.values():
             assert isinstance(head, nn.Linear)  # noqa: S101 - built so
@@ -221,12 +213,10 @@ class WindowAlignment(nn.Module):
         self.method = method
         self.temperature, self.beta, self.positive_share = temperature, beta, positive_share
         narrow = min(width, 128)
-        self.projection = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Linear(width, narrow)
-        )
+        self.projection = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, narrow))
         if method == "cosine":
             self.predictor = nn.Sequential(
-                nn.Linear(narrow, narrow), nn.GELU(), nn.Linear(narrow, narrow)
+                Linear(narrow, narrow), nn.GELU(), Linear(narrow, narrow)
             )
 
     def forward(
