@@ -147,6 +147,7 @@ class ObjectiveWeights:
     next_event: float = 0.5  # action, category, item and time of the next event
     contrastive: float = 1.0  # two time windows of one user resemble each other
     silence: float = 0.5  # from the readout at a random cutoff: what comes, and when
+    future_window: float = 0.0  # from the same readout: what occurs within each of `future_days`
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,22 @@ class TrainingConfig:
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
     cutoffs_per_user: int = 3  # cutoffs read out from one pass over a user's events
     mask_share: float = 0.15  # share of events hidden by the masked-event objective
+    mask_levels: tuple[float, float, float] = (0.0, 1.0, 0.0)
+    # ^ shares of the copies in which a field, an event, or all events of a type are hidden at once
     masked_row_share: float = 0.25  # masked copies beside the other tokens of a batch
     max_future_events: int = 48  # events of a contrastive window after the cutoff
-    temperature: float = 0.1  # of the contrastive objective
+    alignment: str = "contrast"  # contrastive objective: contrast, or cosine without negatives
+    temperature: float = 0.1  # of the contrast
+    hardness: float = 0.0  # of the contrast: how much near negatives count more (contrast.py: beta)
+    positive_share: float = 0.0  # of its negatives that are positives in disguise (tau)
+    robust_level: float = 1.0  # next action: eps of the most frequent one (dro.py); 1 and 0: mean
+    robust_tail_power: float = 0.0  # how much larger the uncertainty set of rare actions is
+    future_days: tuple[float, ...] = (7.0, 28.0)  # horizons of the future window, shortened alike
     predicted_fields: Mapping[str, float] = field(
         default_factory=lambda: {"action": 1.0, "category": 0.5, "item": 0.5}
     )  # what the fields of a predicted event count; those that an encoder lacks are left out
-    num_negatives: int = 256  # sampled values where a vocabulary has more than 2,000
+    max_full_softmax: int = 2000  # values up to which a field is predicted by an exact softmax
+    num_negatives: int = 256  # values sampled where a vocabulary has more
     max_window_targets: int = 512  # lowest ids predicted as a set from a cutoff, per field
     validation_share: float = 0.05  # share of users kept for validation, by a hash of their id
     validate_every: int = 50  # steps between validations

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ class WindowAlignment(nn.Module):
     def __init__(
         self,
         width: int,
-        method: Literal["contrast", "cosine"] = "contrast",
+        method: str = "contrast",
         temperature: float = 0.1,
         beta: float = 0.0,
         positive_share: float = 0.0,

@@ -67,7 +67,8 @@ class HiddenEvents:
     Attributes:
         ids: what the encoder sees, per field (N,).
         targets: what it is to find, per field (N,); PAD where there is nothing to find.
-        chosen: places of the events with a target, rising, at most round(share x events) of them.
+        chosen: places of the events with a target, rising, at most round(share x events) of
+            them, or one.
     """
 
     ids: dict[str, Ints]
@@ -107,7 +108,8 @@ def _choose(
     """Choose events, (N,) bool: those with the lowest of uniform chances.
 
     Events of one type of a run share their chance where `is_type` (N,) holds. No more than
-    round(share x events) are chosen; a type that would be chosen in part is not chosen at all.
+    round(share x events), but one of few, are chosen; a type that would be chosen in part is not
+    chosen at all.
     """
     chances = random.random(len(runs))
     pairs = runs[is_type] * (int(types.max(initial=0)) + 1) + types[is_type]
@@ -115,7 +117,7 @@ def _choose(
     chances[is_type] = random.random(len(kinds))[places]
     chances[runs < 0] = 2.0
     num_events = int((runs >= 0).sum())
-    count = round(share * num_events)
+    count = max(round(share * num_events), min(1, num_events)) if share else 0
     limit = np.sort(chances)[count] if count < len(chances) else 2.0
     chosen: Bools = (chances < limit) & (runs >= 0)
     return chosen
