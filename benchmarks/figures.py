@@ -56,9 +56,10 @@ def _circumstances() -> dict[str, object]:
     }
 
 
-def publish(benchmark: str, lines: list[dict[str, object]]) -> None:
-    """Print the lines and keep them as the benchmark's last full run."""
+def publish(benchmark: str, lines: list[dict[str, object]], *, is_kept: bool = True) -> None:
+    """Print the lines and keep them, unless told otherwise, as the benchmark's last full run."""
     written = "".join(json.dumps(line) + "\n" for line in lines)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{benchmark}.jsonl").write_text(written)
+    if is_kept:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{benchmark}.jsonl").write_text(written)
     print(written, end="")

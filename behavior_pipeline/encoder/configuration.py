@@ -13,6 +13,8 @@ from behavior_pipeline.errors import PipelineError
 PRESETS: Final = ("tiny", "small", "base")
 OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
+MODEL_TYPE: Final = "behavior-encoder"
+"""What config.json calls the model, so that other programs know which class reads it."""
 NORMS: Final = ("rms", "layer")
 FEEDFORWARDS: Final = ("squared_relu", "gelu", "swiglu")
 
@@ -110,8 +112,9 @@ class EncoderConfig:
         return cls(**{"field_sizes": dict(field_sizes), **shapes[name], **changes})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        """Return the fields as JSON values, and what kind of model they describe."""
+        content: dict[str, Any] = {"model_type": MODEL_TYPE}
+        content |= {item.name: getattr(self, item.name) for item in fields(self)}
         content["field_sizes"] = dict(self.field_sizes)
         for name in ("number_edges", "code_sizes"):
             content[name] = {key: list(values) for key, values in content[name].items()}
@@ -119,11 +122,14 @@ class EncoderConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderConfig:
-        """Read what `to_json` returned.
+        """Read what `to_json` returned; older content does not say the kind of model.
 
         Raises:
-            ValueError: if a field is unknown or missing.
+            ValueError: if a field is unknown or missing, or it describes another kind of model.
         """
+        content = dict(content)
+        if (found := content.pop("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(f"config.json describes a {found}, not a {MODEL_TYPE}")
         known = {item.name for item in fields(cls)}
         if set(content) != known:
             odd = sorted(set(content) ^ known)
@@ -143,6 +149,7 @@ class ObjectiveWeights:
     next_event: float = 0.5  # action, category, item and time of the next event
     contrastive: float = 1.0  # two time windows of one user resemble each other
     silence: float = 0.5  # from the readout at a random cutoff: what comes, and when
+    future_window: float = 0.0  # from the same readout: what occurs within each of `future_days`
 
 
 @dataclass(frozen=True)
@@ -169,13 +176,22 @@ class TrainingConfig:
     cutoff_share: float = 0.5  # last share of the training period in which cutoffs are drawn
     cutoffs_per_user: int = 3  # cutoffs read out from one pass over a user's events
     mask_share: float = 0.15  # share of events hidden by the masked-event objective
+    mask_levels: tuple[float, float, float] = (0.0, 1.0, 0.0)
+    # ^ shares of the copies in which a field, an event, or all events of a type are hidden at once
     masked_row_share: float = 0.25  # masked copies beside the other tokens of a batch
     max_future_events: int = 48  # events of a contrastive window after the cutoff
-    temperature: float = 0.1  # of the contrastive objective
+    alignment: str = "contrast"  # contrastive objective: contrast, or cosine without negatives
+    temperature: float = 0.1  # of the contrast
+    hardness: float = 0.0  # of the contrast: how much near negatives count more (contrast.py: beta)
+    positive_share: float = 0.0  # of its negatives that are positives in disguise (tau)
+    robust_level: float = 1.0  # next action: eps of the most frequent one (dro.py); 1 and 0: mean
+    robust_tail_power: float = 0.0  # how much larger the uncertainty set of rare actions is
+    future_days: tuple[float, ...] = (7.0, 28.0)  # horizons of the future window, shortened alike
     predicted_fields: Mapping[str, float] = field(
         default_factory=lambda: {"action": 1.0, "category": 0.5, "item": 0.5}
     )  # what the fields of a predicted event count; those that an encoder lacks are left out
-    num_negatives: int = 256  # sampled values where a vocabulary has more than 2,000
+    max_full_softmax: int = 2000  # values up to which a field is predicted by an exact softmax
+    num_negatives: int = 256  # values sampled where a vocabulary has more
     max_window_targets: int = 512  # lowest ids predicted as a set from a cutoff, per field
     validation_share: float = 0.05  # share of users kept for validation, by a hash of their id
     validate_every: int = 50  # steps between validations

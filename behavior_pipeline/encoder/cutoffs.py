@@ -27,8 +27,10 @@ from torch import Tensor
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES, CutoffPlan, Cuts, plan_cutoffs
+from behavior_pipeline.encoder.future import future_labels, scaled_horizons
 from behavior_pipeline.encoder.layouts import FLEX_BLOCK, PackedLayout, Runs
-from behavior_pipeline.encoder.masking import MaskedEvents, corrupt, draw_events, masked_events
+from behavior_pipeline.encoder.masking import MaskedEvents, masked_events
+from behavior_pipeline.encoder.masking_levels import Masking, hide_events
 from behavior_pipeline.encoder.packing import FlatRuns, fill, tokens_of
 from behavior_pipeline.encoder.sequence_files import (
     Ints,
@@ -36,19 +38,24 @@ from behavior_pipeline.encoder.sequence_files import (
     read_in_order,
     read_shuffled,
 )
-from behavior_pipeline.encoder.training_batches import CutLabels, TrainingBatch
+from behavior_pipeline.encoder.training_batches import (
+    CutLabels,
+    TrainingBatch,
+    future_rates,
+    window_rates,
+)
 from behavior_pipeline.errors import PipelineError
 
 __all__ = [
     "NEXT_TIME_SHARES", "WINDOW_FIELDS", "BatchMaker", "CutLabels", "CutoffPlan", "Cuts",
-    "TrainingBatch", "is_validation", "plan_cutoffs", "window_rates", "window_sizes",
+    "TrainingBatch", "future_rates", "is_validation", "plan_cutoffs", "window_rates",
+    "window_sizes",
 ]  # fmt: skip
 
 WINDOW_FIELDS: Final = ("action", "category", "item")
 """Fields whose values in the label window are predicted as a set."""
 
 _HASH_RANGE: Final = 10_000
-_RARE_SHARE: Final = 0.01  # how often an unseen window target occurs for the imagined user
 _SPREADS: Final = 4  # standard deviations of a batch's mean length that it has room for users for
 
 
@@ -59,20 +66,6 @@ def window_sizes(encoder: EncoderConfig, config: TrainingConfig) -> dict[str, in
         for field in WINDOW_FIELDS
         if field in encoder.field_sizes
     }
-
-
-def window_rates(batches: Sequence[TrainingBatch]) -> dict[str, Tensor]:
-    """Return how often each window target occurs, per field (V',) inside (0, 1).
-
-    Shares of users and cutoffs, shrunk towards "hardly ever" by one imagined user.
-    """
-    cuts = [cut for batch in batches for cut in batch.cuts]
-    count = sum(batch.num_users * len(batch.cuts) for batch in batches)
-    totals = {
-        field: torch.stack([cut.window[field].sum(0) for cut in cuts]).sum(0)
-        for field in (cuts[0].window if cuts else ())
-    }
-    return {field: (total + _RARE_SHARE) / (count + 1) for field, total in totals.items()}
 
 
 def is_validation(user_ids: Sequence[str], share: float) -> NDArray[np.bool_]:
@@ -251,15 +244,12 @@ class BatchMaker:
         order = order[flat.lengths[order] <= num_tokens]
         full, rest = fill(flat.lengths[order], num_tokens, 2 * self.max_users)
         copies = flat.take(order[full[0] if full else rest], num_tokens)
-        drawn = draw_events(copies.num_tokens, self.config.mask_share, random)
-        hidden = {name: values[: copies.num_tokens] for name, values in copies.ids.items()}
-        ids = dict(copies.ids)
-        if copies.num_tokens:
-            for name, values in corrupt(hidden, drawn, random).items():
-                ids[name] = np.concatenate((values, ids[name][copies.num_tokens :]))
+        masking = Masking(self.config.mask_share, self.config.mask_levels)
+        event_field = self.encoder.event_field
+        hidden = hide_events(copies.ids, copies.rows, masking, random, event_field)
         size = round(self.config.mask_share * num_tokens) + 1
-        events = masked_events(copies.ids, drawn, len(flat.rows), size)
-        return replace(copies, ids=ids), events
+        events = masked_events(hidden.targets, hidden.chosen, len(flat.rows), size)
+        return replace(copies, ids=hidden.ids), events
 
     def _layout(self, parts: Sequence[FlatRuns]) -> PackedLayout:
         """Return who attends to whom."""
@@ -298,7 +288,22 @@ class BatchMaker:
                 field: self._rows(cuts.window(table, field, size))
                 for field, size in self.window_sizes.items()
             },
+            future=self._future(table, cuts) if self.config.weights.future_window else {},
         )
+
+    def _future(self, table: SequenceTable, cuts: Cuts) -> dict[str, Tensor]:
+        """Look up what occurs within each horizon; all windows end within the training data."""
+        horizons = scaled_horizons(self.plan.horizon, self.config.future_days)
+        through = self.plan.latest + self.plan.horizon
+        return {
+            field: self._rows(
+                future_labels(
+                    table.times, table.ids[field], table.offsets, cuts.users, cuts.moments,
+                    horizons, size, through,
+                ).window
+            )
+            for field, size in self.window_sizes.items()
+        }  # fmt: skip
 
     def _rows(self, values: NDArray[Any]) -> Tensor:
         """Fill up what stands for users (n, ...) to (U, ...)."""

@@ -16,9 +16,6 @@ from behavior_pipeline.contracts import PAD_ID
 from behavior_pipeline.encoder.embedder import FieldEmbedding
 from behavior_pipeline.encoder.layers import Linear
 
-MAX_FULL_SOFTMAX: Final = 2000
-"""Vocabularies up to this size are predicted by a full softmax, larger ones by a sampled one."""
-
 CHUNK_LOGITS: Final = 2**25
 """Logits that are in memory at once: 128 MiB in float32."""
 
@@ -194,15 +191,20 @@ class FieldPrediction(nn.Module):
     Args:
         embedding: the field's embedding, shared with the encoder.
         width: D, width of what predicts.
-        num_negatives: sampled values where the vocabulary exceeds MAX_FULL_SOFTMAX.
+        num_negatives: sampled values where the vocabulary exceeds `max_full_softmax`.
+        max_full_softmax: vocabularies up to this size are predicted by an exact softmax. That never
+            holds the logits, so memory sets no limit, but its time grows with the vocabulary.
     """
 
-    def __init__(self, embedding: FieldEmbedding, width: int, num_negatives: int) -> None:
+    def __init__(
+        self, embedding: FieldEmbedding, width: int, num_negatives: int, max_full_softmax: int
+    ) -> None:
         super().__init__()
         self.table = embedding.table
         self.transform = Linear(width, self.table.embedding_dim)
         self.bias = nn.Parameter(torch.zeros(self.table.num_embeddings))
         self.num_negatives = num_negatives
+        self.max_full_softmax = max_full_softmax
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of hidden states (N, D) at targets (N,); PAD is no target."""
@@ -214,7 +216,7 @@ class FieldPrediction(nn.Module):
         What stands where the target is PAD means nothing.
         """
         known = self.transform(hidden)
-        if self.table.num_embeddings > MAX_FULL_SOFTMAX:
+        if self.table.num_embeddings > self.max_full_softmax:
             return self._sampled(known, targets)
         return cross_entropies(known, self.table.weight.to(known.dtype), self._bias(), targets)
 

@@ -8,7 +8,7 @@ M masked events, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -20,14 +20,20 @@ from behavior_pipeline.encoder.architecture import CausalPass, Encoder
 from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES
+from behavior_pipeline.encoder.dro import RobustLoss
 from behavior_pipeline.encoder.embedder import FieldEmbedding
+from behavior_pipeline.encoder.future import FutureWindow, WindowAlignment
 from behavior_pipeline.encoder.layers import Linear
-from behavior_pipeline.encoder.losses import FieldPrediction, info_nce, mean_over_targets
-from behavior_pipeline.encoder.training_batches import CutLabels, TrainingBatch
+from behavior_pipeline.encoder.losses import FieldPrediction, mean_over_targets
+from behavior_pipeline.encoder.training_batches import (
+    CutLabels,
+    TrainingBatch,
+    future_rates,
+    window_rates,
+)
 
 __all__ = [
-    "Contrastive", "EventPrediction", "FieldPrediction", "MaskedEvent", "NextEvent", "Objectives",
-    "Silence", "info_nce",
+    "EventPrediction", "FieldPrediction", "MaskedEvent", "NextEvent", "Objectives", "Silence",
 ]  # fmt: skip
 
 _TIME_WEIGHT: Final = 0.5
@@ -39,9 +45,17 @@ class EventPrediction(nn.Module):
     """Predicts an event's fields, action, category and item say: the weighted sum of their losses.
 
     Of the configured `predicted_fields` those that the encoder has; its event field if it has none.
+
+    Args:
+        encoder: whose tables predict.
+        config: the training.
+        is_robust: whether the event field's loss is that of the worst mix of its values (`dro.py`)
+            where that is configured, rather than the mean.
     """
 
-    def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
+    def __init__(
+        self, encoder: Encoder, config: TrainingConfig, *, is_robust: bool = False
+    ) -> None:
         super().__init__()
         shape = encoder.config
         wanted = {k: v for k, v in config.predicted_fields.items() if k in shape.field_sizes}
@@ -50,7 +64,14 @@ class EventPrediction(nn.Module):
         for field in self.weights:
             embedding = encoder.embedder.fields[field]
             assert isinstance(embedding, FieldEmbedding)  # noqa: S101 - built so
-            self.heads[field] = FieldPrediction(embedding, shape.width, config.num_negatives)
+            self.heads[field] = FieldPrediction(
+                embedding, shape.width, config.num_negatives, config.max_full_softmax
+            )
+        self.robust = nn.ModuleDict()
+        settings = config.robust_level, config.robust_tail_power
+        if is_robust and settings != (1.0, 0.0) and shape.event_field in self.weights:
+            num_values = shape.field_sizes[shape.event_field]
+            self.robust[shape.event_field] = RobustLoss(num_values, *settings)
 
     def forward(self, hidden: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of hidden states (N, D) at events with the ids (N,) per field.
@@ -58,16 +79,28 @@ class EventPrediction(nn.Module):
         An event that is PAD in a field is no target in it.
         """
         losses = [
-            weight * self.heads[field](hidden, ids[field]) for field, weight in self.weights.items()
+            weight * self._loss(field, hidden, ids[field]) for field, weight in self.weights.items()
         ]
         return torch.stack(losses).sum()
+
+    def _loss(self, field: str, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of hidden states (N, D) at targets (N,) of one field."""
+        if field not in self.robust:
+            loss: Tensor = self.heads[field](hidden, targets)
+            return loss
+        head = self.heads[field]
+        assert isinstance(head, FieldPrediction)  # noqa: S101 - built so
+        robust: Tensor = self.robust[field](
+            head.losses(hidden, targets), targets, targets != PAD_ID
+        )
+        return robust
 
 
 class MaskedEvent(nn.Module):
     """BEAT's first objective: fill in hidden events from both sides (Devlin et al. 2019, 3.1).
 
-    `masking.py` tells which events are hidden and how. Their times stay visible: the question is
-    what happened then.
+    `masking_levels.py` tells which events are hidden and how. Their times stay visible: the
+    question is what happened then.
     """
 
     def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
@@ -91,7 +124,7 @@ class NextEvent(nn.Module):
 
     def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
         super().__init__()
-        self.prediction = EventPrediction(encoder, config)
+        self.prediction = EventPrediction(encoder, config, is_robust=True)
         self.gap = Linear(encoder.config.width, encoder.config.num_time_buckets)
 
     def forward(self, encoder: Encoder, hidden: Tensor, batch: TrainingBatch) -> Tensor:
@@ -110,31 +143,6 @@ class NextEvent(nn.Module):
 def next_of(ids: Tensor, has_next: Tensor) -> Tensor:
     """Return the ids (N,) of each token's successor, PAD where it has none."""
     return torch.where(has_next, ids.roll(-1), PAD_ID)
-
-
-class Contrastive(nn.Module):
-    """BEAT's third objective: a user's embedding at a cutoff resembles that of what follows.
-
-    `info_nce` between projections of the readout at the cutoff and of the readout of the events
-    after it, encoded as if they were all there is; the batch's other users are the negatives. The
-    projection is left out of the embedding (Chen et al. 2020, section 4.2).
-    """
-
-    def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
-        super().__init__()
-        width = encoder.embedding_width
-        self.temperature = config.temperature
-        self.projection = nn.Sequential(
-            Linear(width, width), nn.GELU(), Linear(width, min(width, 128))
-        )
-
-    def forward(self, embedding: Tensor, following: Tensor, is_pair: Tensor) -> Tensor:
-        """Return the loss of embeddings (U, D) and those of what follows, where `is_pair` (U,).
-
-        A pair without negatives teaches nothing: its loss is 0.
-        """
-        left, right = self.projection(embedding), self.projection(following)
-        return info_nce(left.float(), right.float(), self.temperature, is_pair)
 
 
 class Silence(nn.Module):
@@ -186,9 +194,25 @@ class Objectives(nn.Module):
         super().__init__()
         self.masked_event = MaskedEvent(encoder, config)
         self.next_event = NextEvent(encoder, config)
-        self.contrastive = Contrastive(encoder, config)
+        self.contrastive = WindowAlignment(
+            encoder.embedding_width,
+            config.alignment,
+            config.temperature,
+            config.hardness,
+            config.positive_share,
+        )
         self.silence = Silence(encoder, config)
+        self.future_window = FutureWindow(
+            encoder.embedding_width,
+            window_sizes(encoder.config, config) if config.weights.future_window else {},
+            len(config.future_days),
+        )
         self.weights = config.weights
+
+    def start_from(self, batches: Sequence[TrainingBatch]) -> None:
+        """Start the heads of windows at how often each of their targets occurs in some batches."""
+        self.silence.start_from(window_rates(batches))
+        self.future_window.start_from(future_rates(batches))
 
     def forward(self, encoder: Encoder, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the loss of each objective, and under `total` their weighted sum."""
@@ -201,6 +225,8 @@ class Objectives(nn.Module):
             "contrastive": self.contrastive(embeddings[0], following, batch.is_pair),
             "silence": self._silence(embeddings, batch),
         }
+        if self.weights.future_window:
+            losses["future_window"] = self._future_window(embeddings, batch)
         total = sum(getattr(self.weights, name) * loss for name, loss in losses.items())
         return {**losses, "total": torch.as_tensor(total)}
 
@@ -217,6 +243,15 @@ class Objectives(nn.Module):
             self.silence(embedding, cut, batch.typical_users)
             for embedding, cut in zip(embeddings, batch.cuts, strict=True)
         ]
+        return torch.stack(losses).mean()
+
+    def _future_window(self, embeddings: list[Tensor], batch: TrainingBatch) -> Tensor:
+        """Return the mean future-window loss over a batch's cutoffs."""
+        losses = []
+        for embedding, cut in zip(embeddings, batch.cuts, strict=True):
+            has_history = cut.lengths > 0
+            is_known = has_history[:, None].expand(-1, self.future_window.num_horizons)
+            losses.append(self.future_window(embedding, cut.future, is_known, has_history))
         return torch.stack(losses).mean()
 
 

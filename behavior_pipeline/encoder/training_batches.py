@@ -6,9 +6,9 @@ C cutoffs of each user, N tokens, M masked events.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from behavior_pipeline.encoder.masking import MaskedEvents
 from behavior_pipeline.encoder.packing import Tokens
 from behavior_pipeline.encoder.sequence_files import Ints
 
+_RARE_SHARE: Final = 0.01  # how often an unseen target occurs for the imagined user
+
 
 @dataclass(frozen=True)
 class CutLabels:
@@ -30,12 +32,15 @@ class CutLabels:
         silence_days: days from the last of them to the cutoff, 0 without one, (U,) float32.
         next_time: class of the time from the cutoff to the next event, (U,) int64.
         window: per field, which of the lowest ids occur in the label window, (U, V') bool.
+        future: the same within each of H horizons, (U, H, V') bool; without a field if the
+            objective is switched off.
     """
 
     lengths: Tensor
     silence_days: Tensor
     next_time: Tensor
     window: Mapping[str, Tensor]
+    future: Mapping[str, Tensor]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CutLabels:
         """Return the labels on a device."""
@@ -45,6 +50,7 @@ class CutLabels:
             self.silence_days.to(**how),
             self.next_time.to(**how),
             {field: values.to(**how) for field, values in self.window.items()},
+            {field: values.to(**how) for field, values in self.future.items()},
         )
 
     def pin_memory(self) -> CutLabels:
@@ -54,6 +60,7 @@ class CutLabels:
             self.silence_days.pin_memory(),
             self.next_time.pin_memory(),
             {field: values.pin_memory() for field, values in self.window.items()},
+            {field: values.pin_memory() for field, values in self.future.items()},
         )
 
 
@@ -133,3 +140,28 @@ class TrainingBatch:
             offsets = runs.offsets.numpy().astype(np.int64)
             lengths.append(np.diff(offsets[offsets <= total]))
         return lengths[0], lengths[1] if len(lengths) > 1 else np.empty(0, np.int64)
+
+
+def window_rates(batches: Sequence[TrainingBatch]) -> dict[str, Tensor]:
+    """Return how often each window target occurs, per field (V',) inside (0, 1).
+
+    Shares of users and cutoffs, shrunk towards "hardly ever" by one imagined user.
+    """
+    return _rates(batches, [cut.window for batch in batches for cut in batch.cuts])
+
+
+def future_rates(batches: Sequence[TrainingBatch]) -> dict[str, Tensor]:
+    """Return the same within each horizon of the future window, per field (H, V')."""
+    return _rates(batches, [cut.future for batch in batches for cut in batch.cuts])
+
+
+def _rates(
+    batches: Sequence[TrainingBatch], labels: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the share of the batches' users and cutoffs at which each label holds."""
+    count = sum(batch.num_users * len(batch.cuts) for batch in batches)
+    totals = {
+        field: torch.stack([each[field].sum(0) for each in labels]).sum(0)
+        for field in (labels[0] if labels else ())
+    }
+    return {field: (total + _RARE_SHARE) / (count + 1) for field, total in totals.items()}

@@ -2,26 +2,23 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from encoder_builders import SIZES
 
-from behavior_pipeline.contracts import MASK_ID, PAD_ID
+from behavior_pipeline.contracts import PAD_ID
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.embedder import FieldEmbedding
 from behavior_pipeline.encoder.losses import (
-    MAX_FULL_SOFTMAX,
     FieldPrediction,
     info_nce,
     log_uniform_log_probability,
     sample_log_uniform,
     sampled_cross_entropy,
 )
-from behavior_pipeline.encoder.masking import corrupt, draw_events
 from behavior_pipeline.encoder.objectives import Silence
 
 
@@ -61,7 +58,7 @@ def test_the_sampled_softmax_estimates_the_full_sum_without_bias():
 
 def test_a_field_is_predicted_by_the_full_softmax_and_padding_is_no_target():
     torch.manual_seed(0)
-    head = FieldPrediction(FieldEmbedding(9, 6, 6), 6, 5)
+    head = FieldPrediction(FieldEmbedding(9, 6, 6), 6, 5, 2000)
     hidden, targets = torch.randn(4, 6), torch.tensor([5, PAD_ID, 8, PAD_ID])
     logits = (head.transform(hidden) @ head.table.weight.T + head.bias)[:, 1:]
     expected = F.cross_entropy(logits[[0, 2]], targets[[0, 2]] - 1)
@@ -71,8 +68,8 @@ def test_a_field_is_predicted_by_the_full_softmax_and_padding_is_no_target():
 
 def test_a_large_vocabulary_is_sampled_and_comes_close_to_the_full_softmax():
     torch.manual_seed(0)
-    size = MAX_FULL_SOFTMAX + 500
-    head = FieldPrediction(FieldEmbedding(size, 4, 4), 4, 2000)
+    size = 2500
+    head = FieldPrediction(FieldEmbedding(size, 4, 4), 4, 2000, 2000)
     hidden, targets = torch.randn(64, 4), torch.randint(4, size, (64,))
     with torch.no_grad():
         full = F.cross_entropy(head.transform(hidden) @ head.table.weight.T, targets)
@@ -92,26 +89,3 @@ def test_a_silence_head_starts_at_the_rates_it_is_given():
     embedding = torch.randn(3, encoder.embedding_width)
     predicted = silence.window["item"](embedding).sigmoid()
     torch.testing.assert_close(predicted, rates.expand(3, -1), atol=0.01, rtol=0)
-
-
-def test_fifteen_percent_of_the_events_are_drawn_each_once():
-    random = np.random.default_rng(0)
-    drawn = draw_events(12_000, 0.15, random)
-    assert len(set(drawn.tolist())) == len(drawn) == 1800
-    assert (drawn >= 0).all()
-    assert (drawn < 12_000).all()
-    assert len(draw_events(3, 0.15, random)) == 1
-    assert len(draw_events(0, 0.15, random)) == 0
-
-
-def test_drawn_events_are_masked_swapped_or_kept_in_berts_shares():
-    random = np.random.default_rng(0)
-    ids = {"action": random.integers(4, 10_000, 20_000), "item": np.zeros(20_000, np.int64)}
-    drawn = draw_events(20_000, 0.5, random)
-    corrupted = corrupt(ids, drawn, random)
-    before, after = ids["action"][drawn], corrupted["action"][drawn]
-    assert (after == MASK_ID).mean() == pytest.approx(0.8, abs=0.02)
-    assert (after == before).mean() == pytest.approx(0.1, abs=0.02)
-    others = np.setdiff1d(np.arange(20_000), drawn)
-    assert np.array_equal(corrupted["action"][others], ids["action"][others])
-    assert not corrupted["item"].any()

@@ -1,0 +1,138 @@
+"""Our model, the data and the peers, made once for all figures of the encoder's benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from encoder_data import Padded, describe, padded_batches, read_users
+from encoder_rates import make_optimizer, precision, rates, training_step
+from torch import Tensor, nn
+
+from behavior_pipeline.encoder.architecture import Encoder
+from behavior_pipeline.encoder.checkpoints import read_vocabulary_facts
+from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
+from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
+from behavior_pipeline.encoder.objectives import Objectives
+from behavior_pipeline.encoder.sequence_files import sequence_files, survey
+
+PASSES = 3  # a backward pass costs two forward passes
+MAX_BATCHES = 8
+
+
+class Both(nn.Module):
+    """Encoder and objectives as one module: batch in, total loss out."""
+
+    def __init__(self, encoder: Encoder, objectives: Objectives) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.objectives = objectives
+
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        """Return the weighted sum of all objectives."""
+        total: Tensor = self.objectives(self.encoder, batch)["total"]
+        return total
+
+
+class Bench:
+    """The data and our model, made once for all figures."""
+
+    def __init__(self, given: argparse.Namespace, users: Path) -> None:
+        self.given = given
+        self.users = users
+        self.device = torch.device(given.device)
+        facts = read_vocabulary_facts(given.vocabulary)
+        self.shape = EncoderConfig.named(given.preset, facts.field_sizes)
+        changes = {"batch_tokens": given.batch_tokens} if given.batch_tokens else {}
+        self.config = TrainingConfig.named(given.preset, **changes)
+        self.about = {
+            "preset": given.preset,
+            "precision": given.precision,
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+            **describe(users, self.shape.max_events),
+        }
+        self._ours: tuple[list[float], list[float]] | None = None
+
+    def model(self) -> Both:
+        """Return our encoder, its blocks compiled where that was asked for, and its objectives."""
+        torch.manual_seed(0)
+        encoder = Encoder(self.shape).to(self.device)
+        if self.given.compile:
+            for block in encoder.blocks:
+                block.compile()
+        return Both(encoder, Objectives(encoder, self.config).to(self.device))
+
+    def batches(self, rank: int = 0, world_size: int = 1) -> list[TrainingBatch]:
+        """Return training batches of ours, on the CPU."""
+        files = sequence_files(self.users)
+        plan = plan_cutoffs(survey(files), self.config)
+        maker = BatchMaker(files, self.shape, self.config, plan)
+        return list(islice(maker.training(rank, world_size), MAX_BATCHES))
+
+    def ours(self) -> tuple[list[float], list[float]]:
+        """Return events a second and model FLOPs a second of our training, round by round."""
+        if self._ours is None:
+            batches, model = self.batches(), self.model()
+            flops = sum(step_flops(model.encoder, batch) for batch in batches)
+            step = self.our_step(model, batches)
+            events = rates(step, self.device, self.given.seconds)
+            each = flops / sum(batch.num_events for batch in batches)
+            self._ours = events, [rate * each for rate in events]
+            filled = statistics.mean(batch.fill_rate for batch in batches)
+            self.about["fill_rate"] = round(filled, 4)
+        return self._ours
+
+    def our_step(self, model: nn.Module, batches: list[TrainingBatch]) -> Callable[[], int]:
+        """Return a training step of ours; the batches lie on the device."""
+        model.train()
+        there = [batch.to(self.device) for batch in batches]
+        return training_step(
+            lambda number: (model(there[number]), there[number].num_events),
+            len(there),
+            make_optimizer([model], self.device),
+            partial(precision, self.device, self.given.precision),
+        )
+
+    def peer(self, name: str, number_format: str) -> list[float]:
+        """Return events a second of a padded peer's training; its batches lie on the device."""
+        import encoder_peers  # noqa: PLC0415 - needs transformers, which train_mfu does not
+
+        torch.manual_seed(0)
+        model = getattr(encoder_peers, name)(self.shape).to(self.device).train()
+        if name == "PlainTransformer" and self.given.compile:
+            for layer in model.layers.layers:
+                layer.compile()
+        batches = [batch.to(self.device) for batch in self.padded()]
+
+        def loss_of(number: int) -> tuple[Tensor, int]:
+            batch = batches[number]
+            return model(batch.ids, batch.is_event, batch.labels), batch.num_events
+
+        context = partial(precision, self.device, number_format)
+        step = training_step(loss_of, len(batches), make_optimizer([model], self.device), context)
+        return rates(step, self.device, self.given.seconds)
+
+    def padded(self) -> list[Padded]:
+        """Return padded batches of the same users, as many as there are of ours."""
+        table = read_users(self.users, MAX_BATCHES * self.given.peer_users)
+        size = min(self.given.peer_users, len(table))
+        return list(islice(padded_batches(table, size, self.shape.max_events), MAX_BATCHES))
+
+
+def step_flops(encoder: Encoder, batch: TrainingBatch) -> int:
+    """Return the model FLOPs of a training step on a batch."""
+    causal, both_ways = batch.run_lengths()
+    forward = encoder.flops_per_pass(causal, causal=True)
+    forward += encoder.flops_per_pass(both_ways, causal=False)
+    return PASSES * forward
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device calls itself."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
