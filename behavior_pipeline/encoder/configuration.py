@@ -164,7 +164,7 @@ class TrainingConfig:
     accumulate: int = 1  # micro-batches of each process in a step
     optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; AdamW for all the rest
     learning_rate: float = 2e-3  # of AdamW at the end of warm-up
-    muon_learning_rate: float = 2e-3  # of Muon at the end of warm-up, on AdamW's scale
+    muon_learning_rate: float = 5e-3  # of Muon at the end of warm-up, on AdamW's scale
     warmup_share: float = 0.1  # share of the steps in which the rate rises
     decay_share: float = 0.5  # last share of the steps, in which the rate falls to 0
     weight_decay: float = 0.05  # of matrices; none on biases, norms and tables
@@ -238,7 +238,7 @@ class TrainingConfig:
                 "max_steps": 10_000, "max_passes": 20.0, "batch_tokens": 131_072,
                 "learning_rate": 3e-4, "max_future_events": 128, "masked_row_share": 0.5,
                 "num_negatives": 4096, "validate_every": 250, "max_validation_users": 4096,
-                "shuffle_users": 131_072, "muon_learning_rate": 3e-4, "ema_decay": 0.999,
+                "shuffle_users": 131_072, "muon_learning_rate": 7.5e-4, "ema_decay": 0.999,
                 "save_every": 500,
             },
         }  # fmt: skip

@@ -50,6 +50,7 @@ def start(folders, programs: tuple[str, ...], *more: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, accumulate):
     two = write_folders(tmp_path / "two", random_rows(80))
@@ -73,6 +74,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, accumulate
     assert moved < 1e-3  # some 30 times less than eight steps at a rate of 2e-3 can move a weight
 
 
+@pytest.mark.slow
 def test_a_head_that_one_process_has_no_use_for_counts_as_zero_there(tmp_path):
     out = tmp_path / "gradients.json"
     program = Path(__file__).with_name("unused_head.py")

@@ -80,6 +80,7 @@ def only_checkpoint(folders) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_losses_and_bytes(tmp_path):
     killed = write_folders(tmp_path / "killed", random_rows(60))
     whole = write_folders(tmp_path / "whole", random_rows(60))
