@@ -31,7 +31,7 @@ from figures import figure, measured, publish
 from torch import nn
 
 from behavior_pipeline.encoder.architecture import Encoder
-from behavior_pipeline.encoder.configuration import PRESETS, EncoderConfig
+from behavior_pipeline.encoder.configuration import PRECISIONS, PRESETS, EncoderConfig
 from behavior_pipeline.encoder.inference import encode_table, fast_copy, read_out
 from behavior_pipeline.encoder.sequence_files import SequenceTable
 
@@ -173,7 +173,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu-preset", choices=PRESETS, default="small", help="of CPU figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ours")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of ours; default the preset's")
     parser.add_argument("--batch-tokens", type=int, help="of ours; default the preset's")
     parser.add_argument("--peer-users", type=int, default=128, help="in a padded batch")
     parser.add_argument("--infer-users", type=int, default=16_384, help="embedded on the GPU")
@@ -204,8 +204,9 @@ def main() -> None:
 
 def measure(name: str, bench: Bench) -> Line:
     """Measure one figure and give back the memory that it took."""
-    print(f"{name} ...", file=sys.stderr)
+    print(f"{name} ...", file=sys.stderr, flush=True)
     line = FIGURES[name](bench)
+    print(f"{name} {line['value']}", file=sys.stderr, flush=True)
     gc.collect()
     torch.cuda.empty_cache()
     return line | {key: value for key, value in bench.about.items() if key not in line}

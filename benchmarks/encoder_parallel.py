@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from encoder_rates import rates
-from encoder_setup import Bench
-from torch import nn
+from encoder_setup import Bench, Training
+
+from behavior_pipeline.encoder.parallel import joining
 
 USERS_VARIABLE = "BENCHMARK_USERS"
 
@@ -31,23 +32,15 @@ def rate_of_two(bench: Bench) -> list[float]:
 
 def work(bench: Bench) -> None:
     """Train as one of several processes; the first prints the events a second of all of them."""
-    on_gpu = bench.device.type == "cuda"
-    rank = int(os.environ["LOCAL_RANK"])
-    if on_gpu:
-        bench.device = torch.device("cuda", rank)
-        torch.cuda.set_device(bench.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    parallel = nn.parallel.DistributedDataParallel(
-        bench.model(), device_ids=[rank] if on_gpu else None, gradient_as_bucket_view=True
-    )
-    batches = bench.batches(rank, dist.get_world_size())
-    step = bench.our_step(parallel, batches)
-    mine = rates(step, bench.device, bench.given.seconds, lambda count: _fewest(count, bench))
-    found = torch.tensor(mine, dtype=torch.float64, device=bench.device)
-    dist.all_reduce(found)
-    if rank == 0:
-        print(json.dumps(found.tolist()))
-    dist.destroy_process_group()
+    with joining(bench.given.device) as processes:
+        bench.device = processes.device
+        training = Training(bench, processes)
+        mine = rates(
+            training.step, bench.device, bench.given.seconds, lambda count: _fewest(count, bench)
+        )
+        found = processes.sum(torch.tensor(mine, dtype=torch.float64, device=bench.device))
+        if processes.is_first:
+            print(json.dumps(found.tolist()))
 
 
 def _fewest(count: int, bench: Bench) -> int:

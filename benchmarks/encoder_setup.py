@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,31 +11,53 @@ from pathlib import Path
 import torch
 from encoder_data import Padded, describe, padded_batches, read_users
 from encoder_rates import make_optimizer, precision, rates, training_step
-from torch import Tensor, nn
+from torch import Tensor
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import read_vocabulary_facts
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
 from behavior_pipeline.encoder.objectives import Objectives
+from behavior_pipeline.encoder.optimizer import Optimizer
+from behavior_pipeline.encoder.parallel import Model, Processes, Reducer
 from behavior_pipeline.encoder.sequence_files import sequence_files, survey
 
 PASSES = 3  # a backward pass costs two forward passes
 MAX_BATCHES = 8
 
 
-class Both(nn.Module):
-    """Encoder and objectives as one module: batch in, total loss out."""
+class Training:
+    """Our training as the run itself steps: its precision, optimizer and compilation."""
 
-    def __init__(self, encoder: Encoder, objectives: Objectives) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.objectives = objectives
+    def __init__(self, bench: Bench, processes: Processes) -> None:
+        torch.manual_seed(0)
+        self.encoder = Encoder(bench.shape).to(processes.device)
+        objectives = Objectives(self.encoder, bench.config).to(processes.device)
+        model = Model(self.encoder, objectives, is_parallel=processes.is_parallel)
+        self.optimizer = Optimizer(model, bench.config)
+        if bench.config.compile:
+            for part in self.encoder.blocks if processes.is_parallel else [objectives]:
+                part.compile()
+        model.train()
+        self.reducer = Reducer(model, processes)
+        self.is_mixed = bench.config.precision == "autocast"
+        self.device = processes.device
+        self.batches = [
+            batch.to(self.device) for batch in bench.batches(processes.rank, processes.count)
+        ]
+        self.num_steps = 0
 
-    def forward(self, batch: TrainingBatch) -> Tensor:
-        """Return the weighted sum of all objectives."""
-        total: Tensor = self.objectives(self.encoder, batch)["total"]
-        return total
+    def step(self) -> int:
+        """Take a step on the next batch; return its number of events."""
+        batch = self.batches[self.num_steps % len(self.batches)]
+        (share,) = self.reducer.shares([batch.num_events])
+        with self.reducer.passes(is_last=True):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_mixed):
+                total = self.reducer.replica(batch)["total"]
+            (total * share).backward()
+        self.optimizer.step(self.num_steps)
+        self.num_steps += 1
+        return batch.num_events
 
 
 class Bench:
@@ -48,25 +69,22 @@ class Bench:
         self.device = torch.device(given.device)
         facts = read_vocabulary_facts(given.vocabulary)
         self.shape = EncoderConfig.named(given.preset, facts.field_sizes)
-        changes = {"batch_tokens": given.batch_tokens} if given.batch_tokens else {}
-        self.config = TrainingConfig.named(given.preset, **changes)
+        config = TrainingConfig.named(
+            given.preset,
+            batch_tokens=given.batch_tokens,
+            precision=given.precision,
+            compile=given.compile,
+        )
+        self.config = config.for_device(self.device.type)
         self.about = {
             "preset": given.preset,
-            "precision": given.precision,
+            "precision": self.config.precision,
+            "batch_tokens": self.config.batch_tokens,
             "device": device_name(self.device),
             "torch": torch.__version__,
             **describe(users, self.shape.max_events),
         }
         self._ours: tuple[list[float], list[float]] | None = None
-
-    def model(self) -> Both:
-        """Return our encoder, its blocks compiled where that was asked for, and its objectives."""
-        torch.manual_seed(0)
-        encoder = Encoder(self.shape).to(self.device)
-        if self.given.compile:
-            for block in encoder.blocks:
-                block.compile()
-        return Both(encoder, Objectives(encoder, self.config).to(self.device))
 
     def batches(self, rank: int = 0, world_size: int = 1) -> list[TrainingBatch]:
         """Return training batches of ours, on the CPU."""
@@ -78,26 +96,15 @@ class Bench:
     def ours(self) -> tuple[list[float], list[float]]:
         """Return events a second and model FLOPs a second of our training, round by round."""
         if self._ours is None:
-            batches, model = self.batches(), self.model()
-            flops = sum(step_flops(model.encoder, batch) for batch in batches)
-            step = self.our_step(model, batches)
-            events = rates(step, self.device, self.given.seconds)
+            training = Training(self, Processes(0, 1, self.device))
+            events = rates(training.step, self.device, self.given.seconds)
+            batches = self.batches()
+            flops = sum(step_flops(training.encoder, batch) for batch in batches)
             each = flops / sum(batch.num_events for batch in batches)
             self._ours = events, [rate * each for rate in events]
             filled = statistics.mean(batch.fill_rate for batch in batches)
             self.about["fill_rate"] = round(filled, 4)
         return self._ours
-
-    def our_step(self, model: nn.Module, batches: list[TrainingBatch]) -> Callable[[], int]:
-        """Return a training step of ours; the batches lie on the device."""
-        model.train()
-        there = [batch.to(self.device) for batch in batches]
-        return training_step(
-            lambda number: (model(there[number]), there[number].num_events),
-            len(there),
-            make_optimizer([model], self.device),
-            partial(precision, self.device, self.given.precision),
-        )
 
     def peer(self, name: str, number_format: str) -> list[float]:
         """Return events a second of a padded peer's training; its batches lie on the device."""
