@@ -174,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--precision", choices=PRECISIONS, help="of ours; default the preset's")
+    parser.add_argument("--attention", choices=("varlen", "flex"), help="of ours; default varlen")
     parser.add_argument("--batch-tokens", type=int, help="of ours; default the preset's")
     parser.add_argument("--peer-users", type=int, default=128, help="in a padded batch")
     parser.add_argument("--infer-users", type=int, default=16_384, help="embedded on the GPU")

@@ -74,11 +74,13 @@ class Bench:
             batch_tokens=given.batch_tokens,
             precision=given.precision,
             compile=given.compile,
+            attention=given.attention,
         )
         self.config = config.for_device(self.device.type)
         self.about = {
             "preset": given.preset,
             "precision": self.config.precision,
+            "attention": self.config.attention,
             "batch_tokens": self.config.batch_tokens,
             "device": device_name(self.device),
             "torch": torch.__version__,
