@@ -191,6 +191,7 @@ class TrainingConfig:
     patience: int = 6  # validations without a better loss before training stops
     shuffle_users: int = 16_384  # users in the shuffle buffer: what is in memory at once
     threads: int | None = None  # of torch on a CPU; part of what makes a run repeatable
+    attention: str = "varlen"  # what attends on a GPU: varlen or flex
     device: str = "auto"  # cpu, cuda or auto
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
 
