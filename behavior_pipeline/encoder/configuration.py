@@ -184,8 +184,9 @@ class TrainingConfig:
     temperature: float = 0.1  # of the contrast
     hardness: float = 0.0  # of the contrast: how much near negatives count more (contrast.py: beta)
     positive_share: float = 0.0  # of its negatives that are positives in disguise (tau)
-    robust_level: float = 1.0  # next action: eps of the most frequent one (dro.py); 1 and 0: mean
-    robust_tail_power: float = 0.0  # how much larger the uncertainty set of rare actions is
+    robust_share: float = 0.0  # next action: how far from the mean to the worst mix (dro.py)
+    robust_level: float = 1.0  # of the worst mix: eps of the most frequent action
+    robust_tail_power: float = 0.6  # how much larger the uncertainty set of rare actions is
     future_days: tuple[float, ...] = (7.0, 28.0)  # horizons of the future window, shortened alike
     predicted_fields: Mapping[str, float] = field(
         default_factory=lambda: {"action": 1.0, "category": 0.5, "item": 0.5}

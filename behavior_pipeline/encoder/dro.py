@@ -108,12 +108,17 @@ class RobustLoss(nn.Module):
     of equation 4. The weights lie in [0, 1 / eps_b]; with level 1 and tail_power 0 all are 1, which
     is the mean.
 
+    The worst distribution gives the easiest behaviours no weight at all, and these are the frequent
+    ones. With `share` below 1 the mixes are (1 - share) p_train + share p, p as in equation 4: none
+    is let go. The weights are mixed alike.
+
     In evaluation mode the running statistics stay as they are.
 
     Args:
         num_classes: V.
         level: see `tail_scales`.
         tail_power: see `tail_scales`.
+        share: how much of the mix may be as bad as equation 4 allows, in [0, 1]; 0 is the mean.
         momentum: share of its old value that a running l_b keeps at a batch with that behaviour.
         reduce: adds a tensor up over ranks, in training over several; default one rank.
     """
@@ -126,15 +131,19 @@ class RobustLoss(nn.Module):
         num_classes: int,
         level: float,
         tail_power: float,
+        share: float = 1.0,
         momentum: float = 0.9,
         reduce: Callable[[Tensor], Tensor] = identity,
     ) -> None:
         super().__init__()
-        if not 0 < level <= 1 or tail_power < 0 or not 0 <= momentum < 1:
-            raise ValueError("level is in (0, 1], tail_power at least 0, momentum in [0, 1)")
+        if not 0 < level <= 1 or tail_power < 0:
+            raise ValueError("level is in (0, 1], tail_power at least 0")
+        if not 0 <= share <= 1 or not 0 <= momentum < 1:
+            raise ValueError("share is in [0, 1], momentum in [0, 1)")
         self.num_classes = num_classes
         self.level = level
         self.tail_power = tail_power
+        self.share = share
         self.momentum = momentum
         self.reduce = reduce
         # float64 counts every event of any run exactly.
@@ -168,9 +177,10 @@ class RobustLoss(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> Tensor:
-        """Return p*(b) / p_train(b) (V,) float32 under the running statistics; 1 when unseen."""
+        """Return the mix over p_train (V,) float32 under the running statistics; 1 when unseen."""
         shares = self.counts / self.counts.sum().clamp(min=1.0)
         scales = tail_scales(shares, self.level, self.tail_power)
         worst = worst_distribution(self.means.double(), shares, scales)
         is_seen = self.counts > 0
-        return torch.where(is_seen, worst / torch.where(is_seen, shares, 1.0), 1.0).float()
+        ratios = torch.where(is_seen, worst / torch.where(is_seen, shares, 1.0), 1.0)
+        return (1.0 - self.share + self.share * ratios).float()

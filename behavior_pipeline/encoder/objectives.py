@@ -68,10 +68,13 @@ class EventPrediction(nn.Module):
                 embedding, shape.width, config.num_negatives, config.max_full_softmax
             )
         self.robust = nn.ModuleDict()
-        settings = config.robust_level, config.robust_tail_power
-        if is_robust and settings != (1.0, 0.0) and shape.event_field in self.weights:
-            num_values = shape.field_sizes[shape.event_field]
-            self.robust[shape.event_field] = RobustLoss(num_values, *settings)
+        if is_robust and config.robust_share and shape.event_field in self.weights:
+            self.robust[shape.event_field] = RobustLoss(
+                shape.field_sizes[shape.event_field],
+                config.robust_level,
+                config.robust_tail_power,
+                config.robust_share,
+            )
 
     def forward(self, hidden: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of hidden states (N, D) at events with the ids (N,) per field.

@@ -128,6 +128,15 @@ def test_batches_give_the_gradient_of_the_whole():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_share_lies_between_the_mean_and_the_worst_mix():
+    logits, classes = batch()
+    losses = F.cross_entropy(logits, classes, reduction="none")
+    found = [RobustLoss(6, 0.5, 0.3, share)(losses, classes).item() for share in (0.0, 0.25, 1.0)]
+    assert found[0] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert found[1] == pytest.approx(0.75 * found[0] + 0.25 * found[2], rel=1e-6)
+    assert found[2] > found[0]
+
+
 def test_invalid_predictions_count_for_nothing():
     logits, classes = batch()
     losses = F.cross_entropy(logits, classes, reduction="none")
@@ -190,6 +199,8 @@ def test_it_refuses_settings_without_meaning():
     for level, power in ((0.0, 0.0), (1.1, 0.0), (0.5, -1.0)):
         with pytest.raises(ValueError, match="level"):
             RobustLoss(3, level, power)
+    with pytest.raises(ValueError, match="share"):
+        RobustLoss(3, 0.5, 0.0, share=1.5)
 
 
 def long_tail(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,11 +213,11 @@ def long_tail(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return centres + 0.45 * torch.randn(num, 2, generator=generator), classes
 
 
-def recalls(level: float, tail_power: float) -> tuple[float, float]:
+def recalls(level: float, tail_power: float, share: float) -> tuple[float, float]:
     """Macro and weighted recall of a small network trained with the loss on a long tail."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-    loss = RobustLoss(8, level, tail_power)
+    loss = RobustLoss(8, level, tail_power, share)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     points, classes = long_tail(20_000, seed=1)
     for step in range(300):
@@ -222,7 +233,7 @@ def recalls(level: float, tail_power: float) -> tuple[float, float]:
 
 
 def test_it_finds_more_of_the_tail_than_cross_entropy():
-    plain_macro, plain_weighted = recalls(1.0, 0.0)
-    robust_macro, robust_weighted = recalls(1.0, 0.2)
+    plain_macro, plain_weighted = recalls(1.0, 0.0, 0.0)
+    robust_macro, robust_weighted = recalls(1.0, 0.6, 0.1)
     assert robust_macro > 1.05 * plain_macro
-    assert robust_weighted > 0.98 * plain_weighted
+    assert robust_weighted > 0.99 * plain_weighted

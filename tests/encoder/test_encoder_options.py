@@ -21,8 +21,7 @@ EVERYTHING = {
     "mask_levels": (0.3, 0.4, 0.3),
     "hardness": 0.5,
     "positive_share": 0.05,
-    "robust_level": 0.9,
-    "robust_tail_power": 0.3,
+    "robust_share": 0.2,
     "max_full_softmax": 10**6,
 }
 
@@ -78,7 +77,7 @@ def test_a_horizon_as_long_as_the_label_window_holds_what_that_holds(folders):
 
 def test_rare_actions_count_more_in_the_robust_next_event(folders):
     plain = losses_of(folders)
-    robust = losses_of(folders, robust_level=0.5, robust_tail_power=0.5)
+    robust = losses_of(folders, robust_share=0.5)
     assert robust["next_event"] > plain["next_event"]
     for name in ("masked_event", "contrastive", "silence"):
         assert torch.equal(plain[name], robust[name])
