@@ -186,6 +186,7 @@ class TrainingConfig:
     log_every: int = 10  # steps between looks at the meters, each of which waits for the device
     save_every: int = 100  # steps between training states on disk; 0 writes none
     threads: int | None = None  # of torch on a CPU; part of what makes a run repeatable
+    attention: str = "varlen"  # what attends on a GPU: varlen or flex
     device: str = "auto"  # cpu, cuda or auto
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
 

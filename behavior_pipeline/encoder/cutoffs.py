@@ -27,7 +27,7 @@ from torch import Tensor
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES, CutoffPlan, Cuts, plan_cutoffs
-from behavior_pipeline.encoder.layouts import PackedLayout, Runs
+from behavior_pipeline.encoder.layouts import FLEX_BLOCK, PackedLayout, Runs
 from behavior_pipeline.encoder.masking import MaskedEvents, corrupt, draw_events, masked_events
 from behavior_pipeline.encoder.packing import FlatRuns, fill, tokens_of
 from behavior_pipeline.encoder.sequence_files import (
@@ -235,7 +235,7 @@ class BatchMaker:
         lengths = np.concatenate((drawn.history, missing, drawn.following, missing))
         flat = FlatRuns.cut(
             drawn.table, tuple(self.encoder.field_sizes), starts, lengths,
-            self.config.causal_tokens,
+            self.config.causal_tokens, FLEX_BLOCK if self.config.attention == "flex" else 0,
         )  # fmt: skip
         # What follows is read as if it were all there is: no gap leads to it.
         return flat.without_first_gaps(self.max_users), first
@@ -266,7 +266,14 @@ class BatchMaker:
         longest = max(self.encoder.max_events, self.config.max_future_events)
         sizes = tuple(len(part.rows) for part in parts)
         runs = [
-            Runs.of(part.lengths, size, 2 * self.max_users, longest, is_causal=number == 0)
+            Runs.of(
+                part.lengths,
+                size,
+                2 * self.max_users,
+                longest,
+                is_causal=number == 0,
+                kernel=self.config.attention,
+            )
             for number, (part, size) in enumerate(zip(parts, sizes, strict=True))
         ]
         return PackedLayout(tuple(runs), sizes)

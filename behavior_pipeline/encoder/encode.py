@@ -102,6 +102,7 @@ def encode_folder(
     *,
     device: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    precision: str = "auto",
     is_compiled: bool = False,
     written_at: datetime | None = None,
     report: Report = report_nothing,
@@ -119,6 +120,8 @@ def encode_folder(
         out: where both folders go.
         device: as torch names it; `auto` prefers a GPU.
         batch_tokens: padded tokens of a batch on a CPU; on a GPU batches are packed.
+        precision: float32, bfloat16, or auto: bfloat16 on a GPU and float32, which keeps every
+            user's numbers the same to the last bit whoever else is encoded, on a CPU.
         is_compiled: whether the pass is compiled on a GPU: worth its minute from some million
             events on.
         written_at: recorded in every row; default now.
@@ -132,7 +135,8 @@ def encode_folder(
     started = time.perf_counter()
     files = sequence_files(sequences_folder)
     checkpoint = load_checkpoint(checkpoint_folder, _device_of(device))
-    work = _work(checkpoint, out, batch_tokens, is_compiled, written_at)
+    encoder = _prepared(checkpoint.encoder, precision, is_compiled=is_compiled)
+    work = _work(checkpoint, encoder, out, batch_tokens, written_at)
     for folder in (out / STATES, out / EMBEDDINGS):
         remove_leftovers(folder)
     counts = {path: int(pq.read_metadata(path).num_rows) for path in files}
@@ -156,22 +160,31 @@ def _device_of(name: str) -> str:
     return name
 
 
+def _is_on_gpu(encoder: Encoder) -> bool:
+    return encoder.prior().device.type == "cuda"
+
+
+def _prepared(encoder: Encoder, precision: str, *, is_compiled: bool) -> Encoder:
+    """Return the encoder in the precision that is asked for."""
+    is_gpu = _is_on_gpu(encoder)
+    if precision == "float32" or (precision == "auto" and not is_gpu):
+        return encoder
+    return fast_copy(encoder, is_compiled=is_compiled and is_gpu)
+
+
 def _work(
     checkpoint: Checkpoint,
+    encoder: Encoder,
     out: Path,
     batch_tokens: int,
-    is_compiled: bool,
     written_at: datetime | None,
 ) -> _Work:
-    """Prepare the encoder for the device that it is on."""
-    prior: Vectors = checkpoint.encoder.prior().float().cpu().numpy()
-    is_gpu = checkpoint.encoder.prior().device.type == "cuda"
+    """Put together what is the same for all files."""
+    is_gpu = _is_on_gpu(encoder)
     return _Work(
         checkpoint=checkpoint,
-        encoder=fast_copy(checkpoint.encoder, is_compiled=is_compiled)
-        if is_gpu
-        else checkpoint.encoder,
-        prior=prior,
+        encoder=encoder,
+        prior=encoder.prior().float().cpu().numpy(),
         batch_tokens=max(batch_tokens, PACKED_TOKENS) if is_gpu else batch_tokens,
         chunk_users=GPU_CHUNK_USERS if is_gpu else CHUNK_USERS,
         written_at=written_at or datetime.now(UTC),
@@ -304,6 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the pass on a GPU")
     given = parser.parse_args(arguments)
     if given.threads:
@@ -311,7 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         summary = encode_folder(
             given.sequences, given.checkpoint, given.out, device=given.device,
-            batch_tokens=given.batch_tokens, is_compiled=given.compile, report=_Progress(),
+            batch_tokens=given.batch_tokens, precision=given.precision, is_compiled=given.compile,
+            report=_Progress(),
         )  # fmt: skip
     except PipelineError as error:
         sys.exit(str(error))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -26,6 +27,13 @@ except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 Ints = NDArray[np.int64]
+
+KERNELS: Final = ("varlen", "flex")
+"""What attends inside runs on a GPU: flash attention of variable length, a tile or more for each
+run and head, or flex attention, whose tiles hold several short runs."""
+
+FLEX_BLOCK: Final = 128
+"""Tokens of a block of flex attention's mask."""
 
 # torch 2.10 has a flag for causal attention, later releases have a window instead.
 _HAS_WINDOW = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
@@ -100,19 +108,32 @@ class Runs:
             into filler runs, what is left of R is runs of no token.
         max_length: no run is longer.
         is_causal: whether an event sees only itself and those before, or all of its user's.
+        num_tokens: N.
         groups: the runs without the filler by like lengths; used on a CPU and left there.
         order: each token's place in the groups laid flat, the place after them for filler, (N,).
+        kernel: what attends on a GPU, one of KERNELS.
+        mask: blocks that attend to each other, where the kernel needs them.
     """
 
     offsets: Tensor
     max_length: int
     is_causal: bool
+    num_tokens: int
     groups: tuple[Group, ...]
     order: Tensor
+    kernel: str = "varlen"
+    mask: BlockMask | None = None
 
     @classmethod
     def of(
-        cls, lengths: Ints, num_tokens: int, num_runs: int, max_length: int, *, is_causal: bool
+        cls,
+        lengths: Ints,
+        num_tokens: int,
+        num_runs: int,
+        max_length: int,
+        *,
+        is_causal: bool,
+        kernel: str = "varlen",
     ) -> Runs:
         """Lay out runs of the given lengths in `num_tokens` tokens.
 
@@ -122,10 +143,13 @@ class Runs:
             num_runs: runs of the part, those of the filler not counted.
             max_length: no run is longer, nor is one of the filler.
             is_causal: how they attend.
+            kernel: what attends on a GPU, one of KERNELS.
 
         Raises:
-            ValueError: if the runs do not fit.
+            ValueError: if the runs do not fit, or there is no such kernel.
         """
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel is one of {KERNELS}")
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         if total > num_tokens or len(lengths) > num_runs or (lengths > max_length).any():
@@ -136,52 +160,65 @@ class Runs:
         filler = np.arange(total + max_length, num_tokens, max_length)
         offsets[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
         groups, order = _group(lengths, ends - lengths, num_tokens)
-        return cls(torch.from_numpy(offsets), max_length, is_causal, groups, order)
+        return cls(
+            torch.from_numpy(offsets), max_length, is_causal, num_tokens, groups, order, kernel
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each run; all (N, H, W)."""
-        if not query.is_cuda:
+        if self.mask is None and not query.is_cuda:
             return self._attend_in_groups(query, key, value)
-        if varlen_attn is None or value.dtype not in _SHORT_PRECISIONS:
+        if self.mask is not None or varlen_attn is None or value.dtype not in _SHORT_PRECISIONS:
             return self.attend_by_mask(query, key, value)
-        causal: dict[str, Any] = (
-            {"window_size": (-1, 0 if self.is_causal else -1)}
-            if _HAS_WINDOW
-            else {"is_causal": self.is_causal}
-        )
-        mixed = varlen_attn(
-            query, key, value, self.offsets, self.offsets, self.max_length, self.max_length,
-            **causal,
-        )  # fmt: skip
+        return self.attend_by_lengths(query, key, value)
+
+    def attend_by_lengths(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Do the same through torch's flash attention of variable length, on a GPU."""
+        how: dict[str, Any] = {"is_causal": self.is_causal}
+        if _HAS_WINDOW:
+            how = {"window_size": (-1, 0 if self.is_causal else -1)}
+        offsets, longest = self.offsets, self.max_length
+        mixed = varlen_attn(query, key, value, offsets, offsets, longest, longest, **how)
         assert isinstance(mixed, Tensor)  # noqa: S101 - no auxiliary output was asked for
         return mixed
 
     def attend_by_mask(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Do the same through flex attention: for releases and precisions without the above."""
-        from torch.nn.attention.flex_attention import (  # noqa: PLC0415 - slow to import
-            create_block_mask,
-            flex_attention,
-        )
+        """Do the same through flex attention, which skips blocks of nobody's pairs."""
+        parts = [part.transpose(0, 1)[None] for part in (query, key, value)]
+        # Uncompiled it would lay out all N x N scores.
+        is_alone = query.is_cuda and not torch.compiler.is_compiling()
+        attend = torch.compile(flex_attention) if is_alone else flex_attention
+        mask = self.block_mask() if self.mask is None else self.mask
+        mixed = attend(parts[0], parts[1], parts[2], block_mask=mask)
+        assert isinstance(mixed, Tensor)  # noqa: S101 - no auxiliary output was asked for
+        return mixed[0].transpose(0, 1)
 
-        length = len(query)
-        tokens = torch.arange(length, device=query.device, dtype=torch.int32)
-        run = torch.searchsorted(self.offsets, tokens, right=True)
+    def block_mask(self) -> BlockMask:
+        """Return which blocks of tokens attend to which, from where the runs begin and end.
+
+        A block's tokens see tokens from the begin of the first one's run to the end of the last
+        one's: one stretch of blocks, so that no N x N pairs need be looked at.
+        """
+        device, num_blocks = self.offsets.device, -(-self.num_tokens // FLEX_BLOCK)
+        tokens = torch.arange(self.num_tokens, device=device, dtype=torch.int32)
+        run = torch.searchsorted(self.offsets, tokens, right=True) - 1
+        blocks = torch.arange(num_blocks, device=device)
+        begin = self.offsets[run[blocks * FLEX_BLOCK]] // FLEX_BLOCK
+        last = (blocks * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=self.num_tokens - 1)
+        end = blocks if self.is_causal else (self.offsets[run[last] + 1] - 1) // FLEX_BLOCK
+        seen = (begin[:, None] + blocks).clamp(max=num_blocks - 1)
 
         def may_attend(_batch: Tensor, _head: Tensor, left: Tensor, right: Tensor) -> Tensor:
             is_same = run[left] == run[right]
             return is_same & (left >= right) if self.is_causal else is_same
 
-        mask = create_block_mask(
-            may_attend, None, None, length, length, device=str(query.device),
-            _compile=query.is_cuda,
-        )  # fmt: skip
-        parts = [part.transpose(0, 1)[None] for part in (query, key, value)]
-        # Uncompiled it would lay out all N x N scores.
-        is_alone = query.is_cuda and not torch.compiler.is_compiling()
-        attend = torch.compile(flex_attention) if is_alone else flex_attention
-        mixed = attend(parts[0], parts[1], parts[2], block_mask=mask)
-        assert isinstance(mixed, Tensor)  # noqa: S101 - no auxiliary output was asked for
-        return mixed[0].transpose(0, 1)
+        return BlockMask.from_kv_blocks(
+            (end - begin + 1)[None, None].int(),
+            seen[None, None].int(),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=may_attend,
+            seq_lengths=(self.num_tokens, self.num_tokens),
+        )
 
     def _attend_in_groups(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Pad runs of like lengths, attend, and put the results back; filler gets zeros."""
@@ -197,7 +234,8 @@ class Runs:
         if torch.device(device).type == "cpu":
             return self
         offsets = self.offsets.to(device, non_blocking=non_blocking)
-        return replace(self, offsets=offsets, groups=(), order=offsets.new_zeros(0))
+        moved = replace(self, offsets=offsets, groups=(), order=offsets.new_zeros(0))
+        return replace(moved, mask=moved.block_mask()) if self.kernel == "flex" else moved
 
     def pin_memory(self) -> Runs:
         """Return the runs in memory that a GPU can fetch from while others work."""

@@ -91,31 +91,45 @@ def sampled_cross_entropy(
     return (total - true_logits).mean()
 
 
-class _LogSumExp(torch.autograd.Function):
-    """log sum_v exp(h_n . w_v + b_v), chunk by chunk of n; logits are computed again backwards."""
+class _Softmax(torch.autograd.Function):
+    """A softmax's loss, chunk by chunk of rows; its logits are computed again backwards."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, own: Tensor, ids: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        own: Tensor,
+        ids: Tensor,
+        has_own: bool,
     ) -> Tensor:
-        """Return the sums (N,) float32; where own (N,) equals ids (V,) the logit is left out."""
+        """Return (N,) float32; see `cross_entropies` (`has_own`) and `other_log_sum_exp`."""
         size = _chunk_rows(len(weight))
-        parts = zip(torch.split(hidden, size), torch.split(own, size), strict=True)
-        sums = [torch.logsumexp(_logits(h, weight, bias, o, ids), 1) for h, o in parts]
-        total = torch.cat(sums)
-        ctx.save_for_backward(hidden, weight, bias, own, ids, total)
-        return total
+        totals, losses = [], []
+        for h, o in zip(torch.split(hidden, size), torch.split(own, size), strict=True):
+            logits, is_own = _logits(h, weight, bias), o[:, None] == ids
+            # Adding up one number and zeros finds the own logit without an index.
+            kept = logits if has_own else logits.masked_fill(is_own, _NO_LOGIT)
+            true = torch.where(is_own, logits, 0.0).sum(1) if has_own else 0.0
+            totals.append(torch.logsumexp(kept, 1))
+            losses.append(totals[-1] - true)
+        ctx.save_for_backward(hidden, weight, bias, own, ids, torch.cat(totals))
+        ctx.has_own = has_own
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden, weight and bias."""
+        """Return the gradients of hidden, weight and bias; all come from matrix products."""
         hidden, weight, bias, own, ids, total = ctx.saved_tensors
         size = _chunk_rows(len(weight))
         for_hidden, for_weight = [], torch.zeros_like(weight, dtype=torch.float32)
         for_bias = torch.zeros_like(bias, dtype=torch.float32)
         chunks = (torch.split(part, size) for part in (hidden, own, total, gradient))
         for h, o, t, g in zip(*chunks, strict=True):
-            share = (_logits(h, weight, bias, o, ids) - t[:, None]).exp() * g[:, None]
+            share, is_own = (_logits(h, weight, bias) - t[:, None]).exp(), o[:, None] == ids
+            share = share - is_own.float() if ctx.has_own else share.masked_fill(is_own, 0.0)
+            share = share * g[:, None]
             for_bias += share.sum(0)
             short = share.to(weight.dtype)
             for_hidden.append(short @ weight)
@@ -126,6 +140,7 @@ class _LogSumExp(torch.autograd.Function):
             for_bias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -134,10 +149,25 @@ def _chunk_rows(num_values: int) -> int:
     return max(1, CHUNK_LOGITS // num_values)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, own: Tensor, ids: Tensor) -> Tensor:
-    """Return logits (n, V) float32, those of each row's own value left out."""
-    logits = F.linear(hidden, weight).float() + bias.float()
-    return logits.masked_fill(own[:, None] == ids, _NO_LOGIT)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return logits (n, V) float32."""
+    return F.linear(hidden, weight).float() + bias.float()
+
+
+def cross_entropies(hidden: Tensor, weight: Tensor, bias: Tensor, own: Tensor) -> Tensor:
+    """Return log sum_v exp(h_n . w_v + b_v) - (the same at the own value), (N,) float32.
+
+    Memory: chunks of CHUNK_LOGITS logits, in both directions.
+
+    Args:
+        hidden: h, (N, W).
+        weight: w, (V, W), in the precision of hidden.
+        bias: b, (V,).
+        own: the true value of each row, (N,) int64.
+    """
+    ids = torch.arange(len(weight), device=own.device)
+    losses: Tensor = _Softmax.apply(hidden, weight, bias, own, ids, True)  # type: ignore[no-untyped-call]  # noqa: FBT003
+    return losses
 
 
 def other_log_sum_exp(
@@ -145,7 +175,7 @@ def other_log_sum_exp(
 ) -> Tensor:
     """Return log sum over v with id_v != own_n of exp(h_n . w_v + b_v), (N,) float32.
 
-    Memory: chunks of CHUNK_LOGITS logits, in both directions.
+    Memory as in `cross_entropies`.
 
     Args:
         hidden: h, (N, W).
@@ -154,7 +184,7 @@ def other_log_sum_exp(
         own: the value of each row that is left out, (N,) int64.
         ids: which value each row of `weight` stands for, (V,) int64.
     """
-    total: Tensor = _LogSumExp.apply(hidden, weight, bias, own, ids)  # type: ignore[no-untyped-call]
+    total: Tensor = _Softmax.apply(hidden, weight, bias, own, ids, False)  # type: ignore[no-untyped-call]  # noqa: FBT003
     return total
 
 
@@ -184,16 +214,19 @@ class FieldPrediction(nn.Module):
         What stands where the target is PAD means nothing.
         """
         known = self.transform(hidden)
-        weight, bias = self.table.weight.to(known.dtype), self._bias()
-        true = (known * weight.index_select(0, targets)).float().sum(1)
-        true = true + bias.index_select(0, targets)
-        ids = torch.arange(len(weight), device=targets.device)
         if self.table.num_embeddings > MAX_FULL_SOFTMAX:
-            ids = sample_log_uniform(self.num_negatives, len(weight), targets.device)
-            weight, bias = weight.index_select(0, ids), bias.index_select(0, ids)
-            chance = log_uniform_log_probability(ids, self.table.num_embeddings)
-            bias = bias - chance - math.log(self.num_negatives)
-        others = other_log_sum_exp(known, weight, bias, targets, ids)
+            return self._sampled(known, targets)
+        return cross_entropies(known, self.table.weight.to(known.dtype), self._bias(), targets)
+
+    def _sampled(self, known: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses (N,) against sampled values; see `sampled_cross_entropy`."""
+        num_values, bias = self.table.num_embeddings, self._bias()
+        true = (known * self.table(targets).to(known.dtype)).float().sum(1)
+        true = true + bias.index_select(0, targets)
+        ids = sample_log_uniform(self.num_negatives, num_values, targets.device)
+        chance = log_uniform_log_probability(ids, num_values) + math.log(self.num_negatives)
+        shift = bias.index_select(0, ids) - chance
+        others = other_log_sum_exp(known, self.table(ids).to(known.dtype), shift, targets, ids)
         losses: Tensor = torch.logaddexp(true, others) - true
         return losses
 

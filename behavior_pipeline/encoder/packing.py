@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from behavior_pipeline.encoder.arrangement import arranged
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.history import Prefixes
 from behavior_pipeline.encoder.layouts import Layout, PackedLayout, Runs
@@ -81,6 +82,8 @@ class FlatRuns:
         rows: each token's run, N int64; -1 in the filler.
         places: its place in the run, N int64.
         lengths: tokens of each run.
+        names: what the caller calls each run: the number that it gave it.
+        block: tokens of a block that runs are arranged in; 0 leaves them as they are given.
     """
 
     ids: Mapping[str, Ints]
@@ -89,6 +92,8 @@ class FlatRuns:
     rows: Ints
     places: Ints
     lengths: Ints
+    names: Ints
+    block: int = 0
 
     @classmethod
     def cut(
@@ -98,6 +103,7 @@ class FlatRuns:
         starts: Ints,
         lengths: Ints,
         num_tokens: int,
+        block: int = 0,
     ) -> FlatRuns:
         """Cut runs out of a table.
 
@@ -107,17 +113,22 @@ class FlatRuns:
             starts: flat place of each run's first event.
             lengths: events of each run; their sum is at most `num_tokens`.
             num_tokens: N.
+            block: as in the attributes.
         """
+        names = _arrange(lengths, block)
+        lengths = lengths[names]
         rows, places = _number(lengths)
-        source = starts[rows] + places
+        source = starts[names][rows] + places
         gap_days = table.gap_days[source]
         running = np.cumsum(gap_days, dtype=np.float64)
         elapsed = running - running[np.arange(len(source)) - places]
         ids = {name: table.ids[name][source].astype(np.int64) for name in fields}
-        return cls(ids, gap_days, elapsed, rows, places, lengths).filled(num_tokens)
+        whole = cls(ids, gap_days, elapsed, rows, places, lengths, names, block)
+        return whole.filled(num_tokens)
 
     def take(self, runs: Ints, num_tokens: int) -> FlatRuns:
-        """Return some of the runs again, in the order given, in `num_tokens` tokens."""
+        """Return some of the runs again, arranged likewise, in `num_tokens` tokens."""
+        runs = runs[_arrange(self.lengths[runs], self.block)]
         first = np.cumsum(self.lengths) - self.lengths
         rows, places = _number(self.lengths[runs])
         source = first[runs][rows] + places
@@ -128,11 +139,13 @@ class FlatRuns:
             rows,
             places,
             self.lengths[runs],
+            self.names[runs],
+            self.block,
         ).filled(num_tokens)
 
-    def without_first_gaps(self, first_run: int) -> FlatRuns:
-        """Forget the gap before the first event of the runs from `first_run` on."""
-        is_begin = (self.places == 0) & (self.rows >= first_run)
+    def without_first_gaps(self, first_name: int) -> FlatRuns:
+        """Forget the gap before the first event of the runs called `first_name` or more."""
+        is_begin = (self.places == 0) & (self.rows >= 0) & (self.names[self.rows] >= first_name)
         return replace(self, gap_days=np.where(is_begin, np.float32(0), self.gap_days))
 
     def filled(self, num_tokens: int) -> FlatRuns:
@@ -157,7 +170,7 @@ class FlatRuns:
         return int(self.lengths.sum())
 
     def prefixes(self, lengths: Ints, before: NDArray[np.float32]) -> Prefixes:
-        """Return the runs as known at cutoffs.
+        """Return the runs, by their names, as known at cutoffs.
 
         Args:
             lengths: events known at each cutoff, (R, C), R at least the number of runs.
@@ -165,9 +178,9 @@ class FlatRuns:
         """
         num_rows = len(lengths)
         starts = np.zeros(num_rows, np.int64)
-        starts[: len(self.lengths)] = np.cumsum(self.lengths) - self.lengths
+        starts[self.names] = np.cumsum(self.lengths) - self.lengths
         return Prefixes(
-            rows=torch.from_numpy(np.where(self.rows < 0, num_rows, self.rows)),
+            rows=torch.from_numpy(np.where(self.rows < 0, num_rows, self.names[self.rows])),
             places=torch.from_numpy(self.places),
             gap_days=torch.from_numpy(self.gap_days),
             elapsed_days=torch.from_numpy(self.elapsed_days),
@@ -190,6 +203,11 @@ def tokens_of(parts: Sequence[FlatRuns], layout: Layout) -> Tokens:
         join([part.elapsed_days for part in parts]),
         layout,
     )
+
+
+def _arrange(lengths: Ints, block: int) -> Ints:
+    """Return the order that runs are to lie in."""
+    return arranged(lengths, block) if block else np.arange(len(lengths))
 
 
 def _number(lengths: Ints) -> tuple[Ints, Ints]:

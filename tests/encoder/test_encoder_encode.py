@@ -79,6 +79,18 @@ def test_every_user_has_a_state_and_an_embedding_under_the_contracts(folders, ch
     np.testing.assert_array_equal(vectors(cold, "embedding")[0], encoder.prior().numpy())
 
 
+def test_bfloat16_comes_close_on_a_cpu(folders, checkpoint, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        encode_folder(folders.sequences, checkpoint, tmp_path / precision, precision=precision)
+    left, right = (
+        vectors(read(tmp_path / precision, "embeddings"), "embedding")
+        for precision in ("float32", "bfloat16")
+    )
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    assert ((left * right).sum(1) / norms).min() > 0.999
+    assert not np.array_equal(left, right)
+
+
 def test_a_killed_run_goes_on_where_it_was(folders, checkpoint, tmp_path):
     out = tmp_path / "out"
     program = """

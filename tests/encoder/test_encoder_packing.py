@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from encoder_builders import SIZES, random_rows, sequences_table, user_row, write_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,10 +122,68 @@ def test_histories_at_cutoffs_equal_padded_ones(table):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_by_mask_equals_attention_in_groups(is_causal):
     torch.manual_seed(0)
-    runs = Runs.of(np.array([3, 0, 17, 30, 1]), 60, 6, 32, is_causal=is_causal)
-    parts = [torch.randn(60, 2, 16) for _ in range(3)]
+    lengths = np.array([3, 0, 170, 130, 1, 20, 90])
+    runs = Runs.of(lengths, 460, 8, 256, is_causal=is_causal)
+    parts = [torch.randn(460, 2, 16) for _ in range(3)]
     expected = runs.attend(*parts)
-    torch.testing.assert_close(runs.attend_by_mask(*parts)[:51], expected[:51])
+    masked = replace(runs, groups=(), mask=runs.block_mask())
+    torch.testing.assert_close(masked.attend(*parts)[:414], expected[:414])
+    pairs = masked.mask.to_dense()[0, 0]
+    wanted = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    if not is_causal:
+        wanted = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert pairs.tolist() == wanted
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("has_window", [True, False])
+def test_both_calls_of_flash_attention_say_who_attends(monkeypatch, is_causal, has_window):
+    def varlen_attn(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        offsets: torch.Tensor, _key_offsets: torch.Tensor, longest: int, longest_key: int,
+        **how: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        known = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+        other = {"window_size": (-1, -1)} if has_window else {"is_causal": False}
+        assert how == (known if is_causal else other)
+        assert offsets.dtype == torch.int32
+        mixed = torch.zeros_like(query)
+        for begin, end in pairwise(offsets.tolist()):
+            if end > begin:
+                assert end - begin <= longest == longest_key
+                parts = [part[begin:end].transpose(0, 1) for part in (query, key, value)]
+                one = F.scaled_dot_product_attention(*parts, is_causal=is_causal)
+                mixed[begin:end] = one.transpose(0, 1)
+        return mixed
+
+    monkeypatch.setattr(layouts, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(layouts, "_HAS_WINDOW", has_window)
+    torch.manual_seed(0)
+    runs = Runs.of(np.array([3, 0, 17, 30, 1]), 90, 6, 32, is_causal=is_causal)
+    parts = [torch.randn(90, 2, 16) for _ in range(3)]
+    expected = runs.attend(*parts)
+    torch.testing.assert_close(runs.attend_by_lengths(*parts)[:51], expected[:51])
+
+
+def test_a_step_in_bfloat16_weights_comes_close_to_float32(skewed):
+    made = maker(skewed)
+    batch = next(made.training())
+    torch.manual_seed(0)
+    encoder = Encoder(SHAPE)
+    objectives = Objectives(encoder, made.config)
+    encoder.eval()
+    objectives.eval()
+    exact = objectives(encoder, batch)
+    encoder.to(torch.bfloat16)
+    objectives.to(torch.bfloat16)
+    short = objectives(encoder, batch)
+    for name, loss in exact.items():
+        assert short[name].dtype == torch.float32
+        assert short[name].item() == pytest.approx(loss.item(), rel=0.02)
+    short["total"].backward()
+    parameters = [*encoder.named_parameters(), *objectives.named_parameters()]
+    assert {name for name, value in parameters if value.grad is None} == set()
+    assert all(torch.isfinite(value.grad).all() for _, value in parameters)
 
 
 def test_offsets_have_one_size_and_filler_is_cut_into_short_runs():
@@ -230,6 +289,21 @@ def test_no_user_is_twice_in_a_batch_though_some_wait_for_the_next_epoch(skewed)
 def test_a_batch_too_small_for_a_user_is_refused(skewed):
     with pytest.raises(PipelineError, match="too small"):
         maker(skewed, batch_tokens=64)
+
+
+def test_what_attends_changes_no_loss(skewed):
+    losses = []
+    for attention in ("varlen", "flex"):  # on a CPU they differ in how runs are arranged alone
+        made = maker(skewed, attention=attention)
+        torch.manual_seed(0)
+        encoder = Encoder(SHAPE)
+        objectives = Objectives(encoder, made.config)
+        batch = next(made.training())
+        encoder.eval()
+        objectives.eval()
+        losses.append(objectives(encoder, batch))
+    for name in ("next_event", "contrastive", "silence"):
+        torch.testing.assert_close(losses[0][name], losses[1][name], atol=1e-5, rtol=1e-5)
 
 
 def test_masked_copies_are_runs_of_the_batch_and_hidden_events_are_told(skewed):
