@@ -95,6 +95,9 @@ class TrainingRun:
         self.batches = BatchMaker(files, shape, config, plan_cutoffs(found, config))
         self.encoder = Encoder(shape).to(processes.device)
         self.objectives = Objectives(self.encoder, config).to(processes.device)
+        self.validation = self.batches.validation()
+        # Before the optimizer and the averages take what they start from.
+        self.objectives.silence.start_from(window_rates(self.validation))
         self.model = Model(self.encoder, self.objectives, is_parallel=processes.is_parallel)
         self.optimizer = Optimizer(self.model, config)
         self.averages = (
@@ -118,11 +121,8 @@ class TrainingRun:
         Raises:
             PipelineError: if the loss ceases to be a number.
         """
-        validation = self.batches.validation()
         state = state_file.read()
-        if state is None:
-            self.objectives.silence.start_from(window_rates(validation))
-        else:
+        if state is not None:
             self._load(state)
         self._compile()
         reducer = Reducer(self.model, self.processes)
@@ -131,7 +131,7 @@ class TrainingRun:
             self.meters.restart()
             while not self._is_over():
                 self._step(reducer, batches)
-                self._after_step(watchers, validation)
+                self._after_step(watchers)
                 self.seconds = time.perf_counter() - began
                 if self._is_due(self.config.save_every) and not self._is_over():
                     self._save(state_file)
@@ -205,14 +205,14 @@ class TrainingRun:
         """Tell whether this step is one at which something is due that happens so often."""
         return every > 0 and self.num_steps % every == 0
 
-    def _after_step(self, watchers: Watchers, validation: list[TrainingBatch]) -> None:
+    def _after_step(self, watchers: Watchers) -> None:
         """Look at the meters, validate and tell the watchers, where that is due."""
         config = self.config
         is_validation = self._is_due(config.validate_every) or self.num_steps == config.max_steps
         if is_validation or self._is_due(config.log_every) or self._is_due(config.save_every):
             self._look(watchers.curves)
         if is_validation:
-            entry = self._look_back(validation)
+            entry = self._look_back()
             validated = {n: value for n, value in entry.items() if n.startswith("validation_")}
             watchers.curves.add(validated, self.num_steps)
             watchers.log(entry)
@@ -235,12 +235,12 @@ class TrainingRun:
         }
         curves.add(self.latest, self.num_steps)
 
-    def _look_back(self, validation: list[TrainingBatch]) -> dict[str, float]:
+    def _look_back(self) -> dict[str, float]:
         """Validate, remember the best weights and add an entry to the history."""
         means, num_events = self.since_validation.means()
         self.since_validation.clear()
         self.num_events += int(num_events)
-        losses, is_averaged = self._validate_both(validation)
+        losses, is_averaged = self._validate_both()
         self._offer(losses, is_averaged=is_averaged)
         entry = {"step": float(self.num_steps), "events": float(self.num_events), **self.latest}
         entry |= {f"train_{name}": loss for name, loss in means.items()}
@@ -263,31 +263,32 @@ class TrainingRun:
         }
         self.best.offer(self.num_steps, loss, of_encoder, is_averaged=is_averaged)
 
-    def _validate_both(self, validation: list[TrainingBatch]) -> tuple[Losses, bool]:
+    def _validate_both(self) -> tuple[Losses, bool]:
         """Validate the weights and their averages; return the better losses and whose they are."""
-        losses = self._validate(validation)
+        losses = self._validate()
         if self.averages is None or not losses:
             return losses, False
         with self.averages.standing_in(self.optimizer.parameters):
-            averaged = self._validate(validation)
+            averaged = self._validate()
         is_better = self.processes.agree(float(averaged["total"] < losses["total"])) > 0
         return (averaged, True) if is_better else (losses, False)
 
     @torch.no_grad()
-    def _validate(self, validation: list[TrainingBatch]) -> Losses:
+    def _validate(self) -> Losses:
         """Return the mean losses over the validation batches, with the same masks every time.
 
         Each process takes its part of the batches.
         """
-        if not validation:
+        if not self.validation:
             return {}
         self.model.eval()
         sums = self.since_validation.empty_copy()
-        for number in range(self.processes.rank, len(validation), self.processes.count):
-            sums.add(self._losses(self.model, VALIDATION, number, validation[number]), 1.0)
-        losses, _ = sums.means()
-        _check_number(losses, self.num_steps)
-        return losses
+        for number in range(self.processes.rank, len(self.validation), self.processes.count):
+            losses = self._losses(self.model, VALIDATION, number, self.validation[number])
+            sums.add(losses, 1.0)
+        means, _ = sums.means()
+        _check_number(means, self.num_steps)
+        return means
 
     def _save(self, state_file: StateFile) -> None:
         """Write the state from which a killed training goes on."""

@@ -97,12 +97,16 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_bytes(tmp_path):
     assert about[0]["num_events_seen"] == about[1]["num_events_seen"]
 
 
-@pytest.mark.parametrize("at_step", [6, 9, 11])
-def test_wherever_it_is_interrupted_the_curve_is_the_same(tmp_path, folders, at_step):
-    whole = train(*write_folders(tmp_path / "whole", random_rows(60)), tiny(prefetch=0))
-    interrupt(folders, tiny(), at_step)
+@pytest.mark.parametrize(
+    ("at_step", "changes"),
+    [(6, {}), (9, {"accumulate": 2, "optimizer": "adamw"}), (11, {"precision": "bfloat16"})],
+)
+def test_wherever_it_is_interrupted_the_curve_is_the_same(tmp_path, folders, at_step, changes):
+    other = write_folders(tmp_path / "whole", random_rows(60))
+    whole = train(*other, tiny(prefetch=0, **changes))
+    interrupt(folders, tiny(**changes), at_step)
     steps: list[int] = []
-    resumed = train(*folders, tiny(prefetch=2), lambda done, *_: steps.append(done))
+    resumed = train(*folders, tiny(prefetch=2, **changes), lambda done, *_: steps.append(done))
     assert steps[0] == (6 if at_step < 10 else 11)
     assert losses(resumed.history) == losses(whole.history)
     assert resumed.checkpoint_id == whole.checkpoint_id

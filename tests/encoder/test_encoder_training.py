@@ -13,12 +13,14 @@ import torch
 from encoder_builders import CUTOFF, random_rows, user_row, write_folders
 
 from behavior_pipeline.encoder.checkpoints import load_checkpoint
-from behavior_pipeline.encoder.configuration import TrainingConfig
+from behavior_pipeline.encoder.configuration import ObjectiveWeights, TrainingConfig
 from behavior_pipeline.encoder.schedule import rate_share
 from behavior_pipeline.encoder.train import train
 from behavior_pipeline.errors import PipelineError
 
 OBJECTIVES = {"masked_event", "next_event", "contrastive", "silence", "total"}
+
+PLAIN = ObjectiveWeights(contrastive=0.0)  # it amplifies what rounding changes
 
 
 def tiny(**changes: Any) -> TrainingConfig:
@@ -118,6 +120,40 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
     assert set(shares[10:71]) == {1.0}
     assert shares[70:] == pytest.approx([1 - step / 30 for step in range(31)])
     assert rate_share(0, tiny(max_steps=1, warmup_share=0.0, decay_share=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_low_precision_learns_alike_and_leaves_float32_weights(folders, precision):
+    exact = train(*folders, tiny(weights=PLAIN))
+    low = train(*folders, tiny(weights=PLAIN, precision=precision))
+    assert low.validation_losses["total"] == pytest.approx(
+        exact.validation_losses["total"], rel=0.01
+    )
+    weights = load_checkpoint(low.folder).encoder.state_dict()
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_a_training_that_diverges_is_stopped_in_words(folders):
+    config = tiny(max_steps=60, learning_rate=1e30, muon_learning_rate=1e30, log_every=1)
+    with pytest.raises(PipelineError, match=r"diverged\.\nTrain with lower"):
+        train(*folders, config)
+
+
+def test_the_device_decides_precision_and_compiling_unless_told():
+    gpu, cpu = tiny().for_device("cuda"), tiny().for_device("cpu")
+    assert (gpu.precision, gpu.compile) == ("bfloat16", True)
+    assert (cpu.precision, cpu.compile) == ("float32", False)
+    told = tiny(precision="autocast", compile=False).for_device("cuda")
+    assert (told.precision, told.compile) == ("autocast", False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"optimizer": "sgd"}, {"precision": "int8"}, {"accumulate": 0}, {"ema_decay": 1.0}],
+)
+def test_what_cannot_be_trained_with_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tiny(**wrong)
 
 
 def test_an_unknown_preset_is_refused():
