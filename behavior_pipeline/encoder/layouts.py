@@ -11,6 +11,7 @@ Legend of shapes: N tokens, R runs, B users, T places, H heads, W width of a hea
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from behavior_pipeline.encoder.run_attention import BLOCK, Stretches, attend_in_stretches
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -28,12 +31,15 @@ except ImportError:  # before torch 2.10
 
 Ints = NDArray[np.int64]
 
-KERNELS: Final = ("varlen", "flex")
-"""What attends inside runs on a GPU: flash attention of variable length, a tile or more for each
-run and head, or flex attention, whose tiles hold several short runs."""
+KERNELS: Final = ("blocks", "varlen", "flex")
+"""What attends inside runs on a GPU: our own kernels, whose tiles hold several short runs; torch's
+flash attention of variable length, a tile or more for each run and head; or flex attention."""
 
 FLEX_BLOCK: Final = 128
 """Tokens of a block of flex attention's mask."""
+
+ARRANGED_IN: Final = {"blocks": BLOCK, "flex": FLEX_BLOCK}
+"""Per kernel the tokens of the blocks that as few runs as possible should straddle."""
 
 # torch 2.10 has a flag for causal attention, later releases have a window instead.
 _HAS_WINDOW = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
@@ -278,13 +284,42 @@ class PackedLayout:
     Attributes:
         parts: the runs and how many tokens they hold, in order.
         sizes: tokens of each part; their sum is N.
+        stretches: what each token sees, where our own kernels are to attend on a GPU.
     """
 
     parts: tuple[Runs, ...]
     sizes: tuple[int, ...]
+    stretches: Stretches | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[Ints],
+        sizes: Sequence[int],
+        num_runs: int,
+        max_length: int,
+        kernel: str = "varlen",
+    ) -> PackedLayout:
+        """Lay out runs, those of the first part causally, those of a second one both ways.
+
+        Args:
+            lengths: for each part as in `Runs.of`.
+            sizes: tokens of each part.
+            num_runs: as in `Runs.of`.
+            max_length: as in `Runs.of`.
+            kernel: what attends on a GPU, one of KERNELS.
+        """
+        parts = [
+            Runs.of(each, size, num_runs, max_length, is_causal=number == 0, kernel=kernel)
+            for number, (each, size) in enumerate(zip(lengths, sizes, strict=True))
+        ]
+        stretches = Stretches.of_runs(lengths, sizes) if kernel == "blocks" else None
+        return cls(tuple(parts), tuple(sizes), stretches)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each run; all (N, H, W)."""
+        if self.stretches is not None and query.is_cuda:
+            return attend_in_stretches(query, key, value, self.stretches)
         if len(self.parts) == 1:
             return self.parts[0].attend(query, key, value)
         whole = (query, key, value)
@@ -294,11 +329,16 @@ class PackedLayout:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedLayout:
         """Return the layout on a device."""
         parts = tuple(runs.to(device, non_blocking=non_blocking) for runs in self.parts)
-        return replace(self, parts=parts)
+        stretches = self.stretches
+        if stretches is not None:
+            stretches = stretches.to(device, non_blocking=non_blocking)
+        return replace(self, parts=parts, stretches=stretches)
 
     def pin_memory(self) -> PackedLayout:
         """Return the layout in memory that a GPU can fetch from while others work."""
-        return replace(self, parts=tuple(runs.pin_memory() for runs in self.parts))
+        stretches = None if self.stretches is None else self.stretches.pin_memory()
+        parts = tuple(runs.pin_memory() for runs in self.parts)
+        return replace(self, parts=parts, stretches=stretches)
 
 
 def padded_length(lengths: Ints, max_events: int | None = None) -> Ints:
