@@ -32,7 +32,8 @@ class Training:
     def __init__(self, bench: Bench, processes: Processes) -> None:
         torch.manual_seed(0)
         self.encoder = Encoder(bench.shape).to(processes.device)
-        objectives = Objectives(self.encoder, bench.config).to(processes.device)
+        objectives = Objectives(self.encoder, bench.config, processes.sum)
+        objectives = objectives.to(processes.device)
         model = Model(self.encoder, objectives, is_parallel=processes.is_parallel)
         self.optimizer = Optimizer(model, bench.config)
         if bench.config.compile:

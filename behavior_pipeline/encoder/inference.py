@@ -54,17 +54,27 @@ def encode_files(
 
 @torch.inference_mode()
 def encode_table(
-    encoder: Encoder, table: SequenceTable, batch_tokens: int = BATCH_TOKENS
+    encoder: Encoder,
+    table: SequenceTable,
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    is_short: bool = True,
 ) -> UserStates:
     """Return the states of a table's users, in its order.
 
     On a CPU a user's state is the same to the last bit whoever else is in the table, on one machine
     with one number of threads. On a GPU batches are packed and hold PACKED_TOKENS tokens or more.
+
+    Args:
+        encoder: stays as it is.
+        table: the users.
+        batch_tokens: tokens of a batch.
+        is_short: whether a GPU computes in bfloat16 although the weights are float32.
     """
     device = encoder.prior().device
     states = np.zeros((len(table), encoder.state_width), np.float32)
     users = (
-        _packed_states(encoder, table, max(batch_tokens, PACKED_TOKENS), device)
+        _packed_states(encoder, table, max(batch_tokens, PACKED_TOKENS), device, is_short=is_short)
         if device.type == "cuda"
         else _padded_states(encoder, table, batch_tokens, device)
     )
@@ -83,9 +93,14 @@ def _padded_states(
 
 
 def _packed_states(
-    encoder: Encoder, table: SequenceTable, num_tokens: int, device: torch.device
+    encoder: Encoder,
+    table: SequenceTable,
+    num_tokens: int,
+    device: torch.device,
+    *,
+    is_short: bool,
 ) -> Iterator[tuple[Ints, Tensor]]:
-    """Yield users and their states (n, S) from packed batches, in bfloat16.
+    """Yield users and their states (n, S) from packed batches.
 
     Each batch's states are yielded when the next batch is already at work, so that the GPU does
     not wait while they are fetched.
@@ -94,7 +109,7 @@ def _packed_states(
     is_long = encoder.pooling.mix.weight.dtype == torch.float32
     packed = packed_batches(table, encoder.config, num_tokens, gpu_attention())
     for batch in prefetched(packed, device):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_long):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_short and is_long):
             states = encoder.packed_states(batch)[: len(batch.users)]
         if waiting is not None:
             yield waiting
