@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from behavior_pipeline.encoder.run_attention import BLOCK, Stretches, attend_in_stretches
+from behavior_pipeline.encoder.run_attention import BLOCK, Stretches
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -52,6 +52,9 @@ class Layout(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each user; all (N, H, W)."""
 
+    def stretches_for(self, whole: Tensor) -> Stretches | None:
+        """Return what each token sees, if our own kernels are to attend with such numbers."""
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
         """Return the layout on a device."""
 
@@ -80,6 +83,10 @@ class PaddedLayout:
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.is_causal)
         return mixed.transpose(1, 2).reshape(query.shape)
+
+    def stretches_for(self, whole: Tensor) -> Stretches | None:  # noqa: ARG002 - a layout's
+        """Return nothing: torch's attention serves."""
+        return None
 
     def _key_mask(self) -> Tensor:
         """Return which keys may be attended to, (B, 1, 1, T); the first one always."""
@@ -318,13 +325,15 @@ class PackedLayout:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each run; all (N, H, W)."""
-        if self.stretches is not None and query.is_cuda:
-            return attend_in_stretches(query, key, value, self.stretches)
         if len(self.parts) == 1:
             return self.parts[0].attend(query, key, value)
         whole = (query, key, value)
         split = zip(*(torch.split(part, list(self.sizes)) for part in whole), strict=True)
         return torch.cat([runs.attend(*qkv) for runs, qkv in zip(self.parts, split, strict=True)])
+
+    def stretches_for(self, whole: Tensor) -> Stretches | None:
+        """Return what each token sees, if our own kernels are to attend with such numbers."""
+        return self.stretches if whole.is_cuda else None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedLayout:
         """Return the layout on a device."""

@@ -1,10 +1,10 @@
 """Attention in which each token sees one stretch of tokens: an operation for short runs on a GPU.
 
 Runs, causal or not, filler, and padding all come to the same: a token sees the tokens from `first`
-to `last`. The kernels are in `block_attention.py`. The operation is opaque to torch.compile, which
-takes it into its graph as it is.
+to `last`. Queries and keys are normalised and turned on the way. The kernels are in
+`block_attention.py`. The operation is opaque to torch.compile, which takes it as it is.
 
-Legend of shapes: N tokens, H heads, W width of a head, B tokens of a block.
+Legend of shapes: N tokens, H heads, W width of a head, an even number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from behavior_pipeline.encoder.layers import NORM_EPSILON
 
 BLOCK: Final = 64
 """Tokens of a block, of queries and of keys. Runs of 33 tokens on average, arranged, look at a
@@ -95,135 +97,179 @@ class Stretches:
         return Stretches(self.first.pin_memory(), self.last.pin_memory(), self.reach.pin_memory())
 
 
-def attend_in_stretches(query: Tensor, key: Tensor, value: Tensor, stretches: Stretches) -> Tensor:
-    """Mix values by attention, each token over its stretch; all (N, H, W), in one precision.
+def attend_in_stretches(
+    whole: Tensor, gains: Tensor | None, turn: tuple[Tensor, Tensor], stretches: Stretches
+) -> Tensor:
+    """Mix values by attention, each token over its stretch.
 
-    Products are summed in float32 whatever the precision. Needs a GPU, or Triton's interpreter.
+    Queries and keys are divided by their root mean square and multiplied by gains, if there are
+    any, and turned, as `rotate` does it. Products are summed in float32 whatever the precision.
+    Needs a GPU, or Triton's interpreter.
+
+    Args:
+        whole: queries, keys and values, (N, 3, H, W).
+        gains: of queries and of keys, (2, W).
+        turn: cosines and sines of a rotary clock, (N, 1, W / 2) float32 each.
+        stretches: which tokens each token sees.
+
+    Returns:
+        What is mixed, (N, H, W), in the precision of `whole`.
     """
     parts = (stretches.first, stretches.last, stretches.reach)
-    mixed: Tensor = _attend(query, key, value, *parts)[0]
+    mixed: Tensor = _attend(whole, gains, *turn, *parts)[0]
     return mixed
 
 
 def _launch(
-    kernel: Any, like: Tensor, tensors: list[Tensor], rows: list[Tensor], *scales: float
+    kernel: Any,
+    whole: Tensor,
+    tensors: list[Tensor],
+    steps: list[int],
+    *,
+    has_norm: bool,
+    **how: Any,
 ) -> None:
     """Start a kernel with a program for every block and head.
 
     Args:
         kernel: of `block_attention`.
-        like: what is attended with, (N, H, W).
-        tensors: what it reads and writes.
-        rows: (N, H, W) each, in whose memory its steps from token to token and head to head lie.
-        scales: further numbers.
+        whole: as in `attend_in_stretches`; the first of what it reads.
+        tensors: what else it reads and writes.
+        steps: from number to number in those that need not lie side by side.
+        has_norm: whether queries and keys are normalised.
+        how: further settings.
     """
-    num_tokens, num_heads, width = like.shape
-    steps = [step for each in rows for step in each.stride()[:2]]
-    with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
+    num_tokens, _, num_heads, width = whole.shape
+    with torch.cuda.device_of(whole):  # type: ignore[no-untyped-call]
         kernel[(-(-num_tokens // BLOCK) * num_heads,)](
-            *tensors, *steps, num_tokens, num_heads, *scales,
-            WIDTH=width,
-            PADDED=max(_MIN_WIDTH, 1 << (width - 1).bit_length()),
+            whole, *tensors, *whole.stride()[:3], *steps, num_tokens, num_heads,
+            scale=_scale(width),
+            epsilon=NORM_EPSILON,
+            HALF=width // 2,
+            SIDE=_padded(width // 2),
+            PADDED=_padded(width),
             BLOCK=BLOCK,
-            PRECISION="tf32x3" if like.dtype == torch.float32 else "tf32",
+            HAS_NORM=has_norm,
+            PRECISION="tf32x3" if whole.dtype == torch.float32 else "tf32",
             num_warps=_WARPS,
             num_stages=_STAGES,
+            **how,
         )  # fmt: skip
 
 
-def _scale(query: Tensor) -> float:
+def _scale(width: int) -> float:
     """Return what scores are multiplied by: 1 / sqrt(W), and log2 e, as powers are of 2."""
-    return math.log2(math.e) / math.sqrt(query.shape[-1])
+    return math.log2(math.e) / math.sqrt(width)
 
 
-def _in_rows(part: Tensor) -> Tensor:
-    """Return (N, H, W) numbers with those of a head side by side, in place if they are so."""
-    return part if part.stride(-1) == 1 else part.contiguous()
+def _padded(width: int) -> int:
+    """Return the power of two that a width is padded to, no less than a tensor core takes."""
+    return max(_MIN_WIDTH, 1 << (width - 1).bit_length())
 
 
 @torch.library.custom_op(
     "behavior_pipeline::attend_in_stretches",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, Tensor reach)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor whole, Tensor? gains, Tensor cosines, Tensor sines, Tensor first, Tensor last,"
+    " Tensor reach) -> (Tensor, Tensor)",
 )
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, reach: Tensor
+    whole: Tensor,
+    gains: Tensor | None,
+    cosines: Tensor,
+    sines: Tensor,
+    first: Tensor,
+    last: Tensor,
+    reach: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return what is mixed, (N, H, W), and the log2 of the softmax's sums, (H, N) float32."""
     from behavior_pipeline.encoder import block_attention  # noqa: PLC0415 - needs Triton
 
-    query, key, value = (_in_rows(part) for part in (query, key, value))
-    mixed, sums = _attend_shapes(query, key, value, first, last, reach)
-    rows = [query, key, value, mixed]
-    tensors = [*rows, sums, first, last, reach]
-    _launch(block_attention.forward_kernel, query, tensors, rows, _scale(query))
+    whole = whole.contiguous()
+    mixed, sums = _attend_shapes(whole)
+    _launch(
+        block_attention.forward_kernel,
+        whole,
+        [
+            whole if gains is None else gains.contiguous(), cosines.contiguous(),
+            sines.contiguous(), mixed, sums, first, last, reach,
+        ],
+        list(mixed.stride()[:2]),
+        has_norm=gains is not None,
+    )  # fmt: skip
     return mixed, sums
 
 
 @_attend.register_fake
-def _attend_shapes(
-    query: Tensor, _key: Tensor, _value: Tensor, _first: Tensor, _last: Tensor, _reach: Tensor
-) -> tuple[Tensor, Tensor]:
+def _attend_shapes(whole: Tensor, *_others: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return empty tensors of the shapes that `_attend` returns."""
-    sums = query.new_empty(query.shape[1::-1], dtype=torch.float32)
-    return query.new_empty(query.shape), sums
+    num_tokens, _, num_heads, width = whole.shape
+    sums = whole.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    return whole.new_empty((num_tokens, num_heads, width)), sums
 
 
 @torch.library.custom_op(
     "behavior_pipeline::attend_in_stretches_backward",
     mutates_args=(),
-    schema="(Tensor given, Tensor query, Tensor key, Tensor value, Tensor mixed, Tensor sums,"
-    " Tensor first, Tensor last, Tensor reach) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor given, Tensor whole, Tensor? gains, Tensor cosines, Tensor sines, Tensor first,"
+    " Tensor last, Tensor reach, Tensor mixed, Tensor sums) -> (Tensor, Tensor)",
 )
 def _attend_backward(
     given: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mixed: Tensor,
-    sums: Tensor,
+    whole: Tensor,
+    gains: Tensor | None,
+    cosines: Tensor,
+    sines: Tensor,
     first: Tensor,
     last: Tensor,
     reach: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, (N, H, W) each."""
+    mixed: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `whole` and of the gains, (2, W); the latter empty without gains."""
     from behavior_pipeline.encoder import block_attention  # noqa: PLC0415 - needs Triton
 
-    query, key, value, given = (_in_rows(part) for part in (query, key, value, given))
-    made: tuple[Tensor, Tensor, Tensor]
-    made = _backward_shapes(given, query, key, value, mixed, sums, first, last, reach)
-    rows = [query, key, value, mixed, given]
-    scale = _scale(query)
+    whole = whole.contiguous()
+    given = given if given.stride(-1) == 1 else given.contiguous()
+    made, for_gains = _backward_shapes(given, whole, gains)
+    width = whole.shape[3]
+    # One row for each program, added up afterwards: in the same order every time.
+    num_rows = 0 if gains is None else len(reach) * whole.shape[2]
+    rows = sums.new_empty(num_rows, 2, width)
     _launch(
         block_attention.backward_kernel,
-        query,
-        [*rows, sums, first, last, reach, *made],
-        [*rows, made[0]],
-        scale,
-        scale * math.log(2),
-    )
-    return made
+        whole,
+        [
+            whole if gains is None else gains.contiguous(), cosines.contiguous(),
+            sines.contiguous(), mixed, given, sums, first, last, reach, made, rows,
+        ],
+        [*mixed.stride()[:2], *given.stride()[:2]],
+        has_norm=gains is not None,
+        slope_scale=_scale(width) * math.log(2),
+    )  # fmt: skip
+    return made, for_gains if gains is None else rows.sum(0).to(gains.dtype)
 
 
 @_attend_backward.register_fake
 def _backward_shapes(
-    _given: Tensor, query: Tensor, *_others: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    _given: Tensor, whole: Tensor, gains: Tensor | None, *_others: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return empty tensors of the shapes that `_attend_backward` returns."""
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+    for_gains = whole.new_empty(0) if gains is None else gains.new_empty(gains.shape)
+    return whole.new_empty(whole.shape), for_gains
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep what the backward pass needs."""
-    query, key, value, *stretches = inputs
-    ctx.save_for_backward(query, key, value, *output, *stretches)
+    ctx.has_gains = inputs[1] is not None
+    ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _pass_back(ctx: Any, given: Tensor, _for_sums: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of what `_attend` was given."""
-    return (*_attend_backward(given, *ctx.saved_tensors), None, None, None)
+    made, for_gains = _attend_backward(given, *ctx.saved_tensors)
+    return (made, for_gains if ctx.has_gains else None, None, None, None, None, None)
 
 
 _attend.register_autograd(_pass_back, setup_context=_keep)
