@@ -31,7 +31,12 @@ from figures import figure, measured, publish
 from torch import nn
 
 from behavior_pipeline.encoder.architecture import Encoder
-from behavior_pipeline.encoder.configuration import PRECISIONS, PRESETS, EncoderConfig
+from behavior_pipeline.encoder.configuration import (
+    ATTENTIONS,
+    PRECISIONS,
+    PRESETS,
+    EncoderConfig,
+)
 from behavior_pipeline.encoder.inference import encode_table, fast_copy, read_out
 from behavior_pipeline.encoder.sequence_files import SequenceTable
 
@@ -174,7 +179,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--precision", choices=PRECISIONS, help="of ours; default the preset's")
-    parser.add_argument("--attention", choices=("varlen", "flex"), help="of ours; default varlen")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="of ours; default auto")
+    parser.add_argument(
+        "--profile", action="store_true", help="tell where the time of a training step of ours goes"
+    )
     parser.add_argument("--batch-tokens", type=int, help="of ours; default the preset's")
     parser.add_argument("--peer-users", type=int, default=128, help="in a padded batch")
     parser.add_argument("--infer-users", type=int, default=16_384, help="embedded on the GPU")

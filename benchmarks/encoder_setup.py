@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from encoder_data import Padded, describe, padded_batches, read_users
+from encoder_profile import profiled, table
 from encoder_rates import make_optimizer, precision, rates, training_step
 from torch import Tensor
 
@@ -32,7 +34,8 @@ class Training:
     def __init__(self, bench: Bench, processes: Processes) -> None:
         torch.manual_seed(0)
         self.encoder = Encoder(bench.shape).to(processes.device)
-        objectives = Objectives(self.encoder, bench.config).to(processes.device)
+        objectives = Objectives(self.encoder, bench.config, processes.sum)
+        objectives = objectives.to(processes.device)
         model = Model(self.encoder, objectives, is_parallel=processes.is_parallel)
         self.optimizer = Optimizer(model, bench.config)
         if bench.config.compile:
@@ -100,6 +103,9 @@ class Bench:
         if self._ours is None:
             training = Training(self, Processes(0, 1, self.device))
             events = rates(training.step, self.device, self.given.seconds)
+            if self.given.profile:
+                lines = table(profiled(training.step, self.device))
+                print(lines, file=sys.stderr, flush=True)
             batches = self.batches()
             flops = sum(step_flops(training.encoder, batch) for batch in batches)
             each = flops / sum(batch.num_events for batch in batches)

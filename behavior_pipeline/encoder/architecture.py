@@ -23,6 +23,7 @@ from behavior_pipeline.encoder.layers import FeedForward, Linear, initialise, ma
 from behavior_pipeline.encoder.layouts import Ints, Layout
 from behavior_pipeline.encoder.packing import PackedBatch, Tokens
 from behavior_pipeline.encoder.pooling import NUM_SCALARS, CausalPass, Pooling, Readout
+from behavior_pipeline.encoder.run_attention import Stretches, attend_in_stretches
 from behavior_pipeline.encoder.time_encoding import RotaryClock, rotate
 
 __all__ = ["NUM_SCALARS", "CausalPass", "Encoder"]
@@ -65,11 +66,30 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         split = self.query_key_value(x).view(len(x), 3, self.num_heads, -1)
-        query, key, value = split.unbind(1)
-        query = rotate(self.query_norm(query), *turn).to(value.dtype)
-        key = rotate(self.key_norm(key), *turn).to(value.dtype)
-        out: Tensor = self.attention_out(layout.attend(query, key, value).flatten(1))
+        stretches = layout.stretches_for(split)
+        if stretches is not None:
+            mixed = self._attend_in_stretches(split, turn, stretches)
+        else:
+            query, key, value = split.unbind(1)
+            query = rotate(self.query_norm(query), *turn).to(value.dtype)
+            key = rotate(self.key_norm(key), *turn).to(value.dtype)
+            mixed = layout.attend(query, key, value)
+        out: Tensor = self.attention_out(mixed.flatten(1))
         return out
+
+    def _attend_in_stretches(
+        self, split: Tensor, turn: tuple[Tensor, Tensor], stretches: Stretches
+    ) -> Tensor:
+        """Leave to one kernel what it can do: RMSNorm, turning, attention."""
+        norms = self.query_norm, self.key_norm
+        gains: list[Tensor] = [norm.weight for norm in norms if isinstance(norm, nn.RMSNorm)]
+        if gains:
+            return attend_in_stretches(split, torch.stack(gains), turn, stretches)
+        if not isinstance(self.query_norm, nn.Identity):
+            query, key, value = split.unbind(1)
+            parts = self.query_norm(query), self.key_norm(key), value
+            split = torch.stack([part.to(value.dtype) for part in parts], dim=1)
+        return attend_in_stretches(split, None, turn, stretches)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,6 +14,7 @@ from behavior_pipeline.errors import PipelineError
 PRESETS: Final = ("tiny", "small", "base")
 OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
+ATTENTIONS: Final = ("auto", "blocks", "varlen", "flex")
 MODEL_TYPE: Final = "behavior-encoder"
 """What config.json calls the model, so that other programs know which class reads it."""
 NORMS: Final = ("rms", "layer")
@@ -203,7 +205,7 @@ class TrainingConfig:
     log_every: int = 10  # steps between looks at the meters, each of which waits for the device
     save_every: int = 100  # steps between training states on disk; 0 writes none
     threads: int | None = None  # of torch on a CPU; part of what makes a run repeatable
-    attention: str = "varlen"  # what attends on a GPU: varlen or flex
+    attention: str = "auto"  # what attends on a GPU: blocks, varlen or flex (layouts.KERNELS)
     device: str = "auto"  # cpu, cuda or auto
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
 
@@ -215,6 +217,8 @@ class TrainingConfig:
         """
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}")
         if min(self.accumulate, self.validate_every, self.log_every) < 1:
@@ -271,11 +275,17 @@ class TrainingConfig:
             self,
             precision=precision or self.precision,
             compile=is_gpu if self.compile is None else self.compile,
+            attention=gpu_attention() if is_gpu and self.attention == "auto" else self.attention,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
+
+
+def gpu_attention() -> str:
+    """Return what attends inside runs on a GPU: our own kernels, where there is Triton for them."""
+    return "blocks" if importlib.util.find_spec("triton") else "varlen"
 
 
 def _check_preset(name: str) -> None:

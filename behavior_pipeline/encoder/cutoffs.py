@@ -28,7 +28,7 @@ from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES, CutoffPlan, Cuts, plan_cutoffs
 from behavior_pipeline.encoder.future import future_labels, scaled_horizons
-from behavior_pipeline.encoder.layouts import FLEX_BLOCK, PackedLayout, Runs
+from behavior_pipeline.encoder.layouts import ARRANGED_IN, PackedLayout
 from behavior_pipeline.encoder.masking import MaskedEvents, masked_events
 from behavior_pipeline.encoder.masking_levels import Masking, hide_events
 from behavior_pipeline.encoder.packing import FlatRuns, fill, tokens_of
@@ -105,6 +105,7 @@ class BatchMaker:
         self.config = config
         self.plan = plan
         self.encoder = encoder
+        self.attention = "varlen" if config.attention == "auto" else config.attention
         self.window_sizes = window_sizes(encoder, config)
         self.max_users = _room_for_users(files, encoder, config)
 
@@ -228,7 +229,7 @@ class BatchMaker:
         lengths = np.concatenate((drawn.history, missing, drawn.following, missing))
         flat = FlatRuns.cut(
             drawn.table, tuple(self.encoder.field_sizes), starts, lengths,
-            self.config.causal_tokens, FLEX_BLOCK if self.config.attention == "flex" else 0,
+            self.config.causal_tokens, ARRANGED_IN.get(self.attention, 0),
         )  # fmt: skip
         # What follows is read as if it were all there is: no gap leads to it.
         return flat.without_first_gaps(self.max_users), first
@@ -254,19 +255,8 @@ class BatchMaker:
     def _layout(self, parts: Sequence[FlatRuns]) -> PackedLayout:
         """Return who attends to whom."""
         longest = max(self.encoder.max_events, self.config.max_future_events)
-        sizes = tuple(len(part.rows) for part in parts)
-        runs = [
-            Runs.of(
-                part.lengths,
-                size,
-                2 * self.max_users,
-                longest,
-                is_causal=number == 0,
-                kernel=self.config.attention,
-            )
-            for number, (part, size) in enumerate(zip(parts, sizes, strict=True))
-        ]
-        return PackedLayout(tuple(runs), sizes)
+        lengths, sizes = [part.lengths for part in parts], [len(part.rows) for part in parts]
+        return PackedLayout.of(lengths, sizes, 2 * self.max_users, longest, self.attention)
 
     def _known(self, drawn: _Drawn, first: Ints) -> tuple[Ints, NDArray[np.float32]]:
         """Return how much of each run is known at each cutoff, and what came before the run."""

@@ -83,6 +83,7 @@ class _Work:
     prior: Vectors
     batch_tokens: int
     chunk_users: int
+    is_short: bool
     written_at: datetime
     out: Path
 
@@ -136,7 +137,7 @@ def encode_folder(
     files = sequence_files(sequences_folder)
     checkpoint = load_checkpoint(checkpoint_folder, _device_of(device))
     encoder = _prepared(checkpoint.encoder, precision, is_compiled=is_compiled)
-    work = _work(checkpoint, encoder, out, batch_tokens, written_at)
+    work = _work(checkpoint, encoder, out, batch_tokens, precision, written_at)
     for folder in (out / STATES, out / EMBEDDINGS):
         remove_leftovers(folder)
     counts = {path: int(pq.read_metadata(path).num_rows) for path in files}
@@ -177,6 +178,7 @@ def _work(
     encoder: Encoder,
     out: Path,
     batch_tokens: int,
+    precision: str,
     written_at: datetime | None,
 ) -> _Work:
     """Put together what is the same for all files."""
@@ -187,6 +189,7 @@ def _work(
         prior=encoder.prior().float().cpu().numpy(),
         batch_tokens=max(batch_tokens, PACKED_TOKENS) if is_gpu else batch_tokens,
         chunk_users=GPU_CHUNK_USERS if is_gpu else CHUNK_USERS,
+        is_short=precision != "float32",
         written_at=written_at or datetime.now(UTC),
         out=out,
     )
@@ -251,7 +254,9 @@ def _encode_chunk(sequences: pa.Table, path: Path, work: _Work) -> tuple[pa.Tabl
     users = np.flatnonzero(table.num_events > 0)
     states = np.zeros((len(table), work.encoder.state_width), np.float32)
     if len(users):
-        encoded = encode_table(work.encoder, table.take(users), work.batch_tokens)
+        encoded = encode_table(
+            work.encoder, table.take(users), work.batch_tokens, is_short=work.is_short
+        )
         states[users] = encoded.states
     silence = table.silence_days(np.arange(len(table)))
     embeddings = read_out(work.encoder, states, silence)

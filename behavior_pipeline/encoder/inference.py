@@ -15,6 +15,7 @@ from torch import Tensor
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import BATCH_TOKENS, CHUNK_USERS, table_batches
+from behavior_pipeline.encoder.configuration import gpu_attention
 from behavior_pipeline.encoder.packing import PACKED_TOKENS, packed_batches
 from behavior_pipeline.encoder.prefetch import prefetched
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable, read_in_order
@@ -53,17 +54,27 @@ def encode_files(
 
 @torch.inference_mode()
 def encode_table(
-    encoder: Encoder, table: SequenceTable, batch_tokens: int = BATCH_TOKENS
+    encoder: Encoder,
+    table: SequenceTable,
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    is_short: bool = True,
 ) -> UserStates:
     """Return the states of a table's users, in its order.
 
     On a CPU a user's state is the same to the last bit whoever else is in the table, on one machine
     with one number of threads. On a GPU batches are packed and hold PACKED_TOKENS tokens or more.
+
+    Args:
+        encoder: stays as it is.
+        table: the users.
+        batch_tokens: tokens of a batch.
+        is_short: whether a GPU computes in bfloat16 although the weights are float32.
     """
     device = encoder.prior().device
     states = np.zeros((len(table), encoder.state_width), np.float32)
     users = (
-        _packed_states(encoder, table, max(batch_tokens, PACKED_TOKENS), device)
+        _packed_states(encoder, table, max(batch_tokens, PACKED_TOKENS), device, is_short=is_short)
         if device.type == "cuda"
         else _padded_states(encoder, table, batch_tokens, device)
     )
@@ -82,17 +93,23 @@ def _padded_states(
 
 
 def _packed_states(
-    encoder: Encoder, table: SequenceTable, num_tokens: int, device: torch.device
+    encoder: Encoder,
+    table: SequenceTable,
+    num_tokens: int,
+    device: torch.device,
+    *,
+    is_short: bool,
 ) -> Iterator[tuple[Ints, Tensor]]:
-    """Yield users and their states (n, S) from packed batches, in bfloat16.
+    """Yield users and their states (n, S) from packed batches.
 
     Each batch's states are yielded when the next batch is already at work, so that the GPU does
     not wait while they are fetched.
     """
     waiting: tuple[Ints, Tensor] | None = None
     is_long = encoder.pooling.mix.weight.dtype == torch.float32
-    for batch in prefetched(packed_batches(table, encoder.config, num_tokens), device):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_long):
+    packed = packed_batches(table, encoder.config, num_tokens, gpu_attention())
+    for batch in prefetched(packed, device):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_short and is_long):
             states = encoder.packed_states(batch)[: len(batch.users)]
         if waiting is not None:
             yield waiting

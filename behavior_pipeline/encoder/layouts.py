@@ -11,6 +11,7 @@ Legend of shapes: N tokens, R runs, B users, T places, H heads, W width of a hea
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from behavior_pipeline.encoder.run_attention import BLOCK, Stretches
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -28,12 +31,15 @@ except ImportError:  # before torch 2.10
 
 Ints = NDArray[np.int64]
 
-KERNELS: Final = ("varlen", "flex")
-"""What attends inside runs on a GPU: flash attention of variable length, a tile or more for each
-run and head, or flex attention, whose tiles hold several short runs."""
+KERNELS: Final = ("blocks", "varlen", "flex")
+"""What attends inside runs on a GPU: our own kernels, whose tiles hold several short runs; torch's
+flash attention of variable length, a tile or more for each run and head; or flex attention."""
 
 FLEX_BLOCK: Final = 128
 """Tokens of a block of flex attention's mask."""
+
+ARRANGED_IN: Final = {"blocks": BLOCK, "flex": FLEX_BLOCK}
+"""Per kernel the tokens of the blocks that as few runs as possible should straddle."""
 
 # torch 2.10 has a flag for causal attention, later releases have a window instead.
 _HAS_WINDOW = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
@@ -45,6 +51,9 @@ class Layout(Protocol):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each user; all (N, H, W)."""
+
+    def stretches_for(self, whole: Tensor) -> Stretches | None:
+        """Return what each token sees, if our own kernels are to attend with such numbers."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
         """Return the layout on a device."""
@@ -74,6 +83,10 @@ class PaddedLayout:
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.is_causal)
         return mixed.transpose(1, 2).reshape(query.shape)
+
+    def stretches_for(self, whole: Tensor) -> Stretches | None:  # noqa: ARG002 - a layout's
+        """Return nothing: torch's attention serves."""
+        return None
 
     def _key_mask(self) -> Tensor:
         """Return which keys may be attended to, (B, 1, 1, T); the first one always."""
@@ -278,10 +291,37 @@ class PackedLayout:
     Attributes:
         parts: the runs and how many tokens they hold, in order.
         sizes: tokens of each part; their sum is N.
+        stretches: what each token sees, where our own kernels are to attend on a GPU.
     """
 
     parts: tuple[Runs, ...]
     sizes: tuple[int, ...]
+    stretches: Stretches | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[Ints],
+        sizes: Sequence[int],
+        num_runs: int,
+        max_length: int,
+        kernel: str = "varlen",
+    ) -> PackedLayout:
+        """Lay out runs, those of the first part causally, those of a second one both ways.
+
+        Args:
+            lengths: for each part as in `Runs.of`.
+            sizes: tokens of each part.
+            num_runs: as in `Runs.of`.
+            max_length: as in `Runs.of`.
+            kernel: what attends on a GPU, one of KERNELS.
+        """
+        parts = [
+            Runs.of(each, size, num_runs, max_length, is_causal=number == 0, kernel=kernel)
+            for number, (each, size) in enumerate(zip(lengths, sizes, strict=True))
+        ]
+        stretches = Stretches.of_runs(lengths, sizes) if kernel == "blocks" else None
+        return cls(tuple(parts), tuple(sizes), stretches)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention inside each run; all (N, H, W)."""
@@ -291,14 +331,23 @@ class PackedLayout:
         split = zip(*(torch.split(part, list(self.sizes)) for part in whole), strict=True)
         return torch.cat([runs.attend(*qkv) for runs, qkv in zip(self.parts, split, strict=True)])
 
+    def stretches_for(self, whole: Tensor) -> Stretches | None:
+        """Return what each token sees, if our own kernels are to attend with such numbers."""
+        return self.stretches if whole.is_cuda else None
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedLayout:
         """Return the layout on a device."""
         parts = tuple(runs.to(device, non_blocking=non_blocking) for runs in self.parts)
-        return replace(self, parts=parts)
+        stretches = self.stretches
+        if stretches is not None:
+            stretches = stretches.to(device, non_blocking=non_blocking)
+        return replace(self, parts=parts, stretches=stretches)
 
     def pin_memory(self) -> PackedLayout:
         """Return the layout in memory that a GPU can fetch from while others work."""
-        return replace(self, parts=tuple(runs.pin_memory() for runs in self.parts))
+        stretches = None if self.stretches is None else self.stretches.pin_memory()
+        parts = tuple(runs.pin_memory() for runs in self.parts)
+        return replace(self, parts=parts, stretches=stretches)
 
 
 def padded_length(lengths: Ints, max_events: int | None = None) -> Ints:

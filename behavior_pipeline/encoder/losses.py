@@ -22,35 +22,6 @@ CHUNK_LOGITS: Final = 2**25
 _NO_LOGIT: Final = -1e9  # finite: a row without any other logit has gradients still
 
 
-def info_nce(
-    left: Tensor, right: Tensor, temperature: float, is_pair: Tensor | None = None
-) -> Tensor:
-    """Return the contrastive loss of pairs (N, W) with negatives from the batch.
-
-    van den Oord et al. 2018, equation 4, with the temperature and the cosine of Chen et al. 2020,
-    equation 1, taken in both directions: mean over i of
-    -log(exp(cos(l_i, r_i) / t) / sum over j of exp(cos(l_i, r_j) / t)).
-
-    Args:
-        left: one side, (N, W).
-        right: the other side.
-        temperature: t.
-        is_pair: which rows are pairs, (N,); the others are left out, as if they were not there.
-    """
-    similarity = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T / temperature
-    own = similarity.diagonal()
-    if is_pair is None:
-        rows, columns = similarity, similarity.T
-        weights = torch.full_like(own, 1 / len(own))
-    else:
-        rows, columns = (
-            side.masked_fill(~is_pair, _NO_LOGIT) for side in (similarity, similarity.T)
-        )
-        weights = is_pair / is_pair.sum().clamp(min=1)
-    losses = (torch.logsumexp(rows, 1) + torch.logsumexp(columns, 1)) / 2 - own
-    return (torch.where(weights > 0, losses, 0.0) * weights).sum()
-
-
 def log_uniform_log_probability(ids: Tensor, num_values: int) -> Tensor:
     """Return the log of P(id) = log((id + 2) / (id + 1)) / log(V + 1): ids by falling frequency."""
     return torch.log(torch.log1p(1.0 / (ids + 1.0)) / math.log(num_values + 1.0))

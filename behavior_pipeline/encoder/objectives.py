@@ -8,7 +8,7 @@ M masked events, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -20,7 +20,7 @@ from behavior_pipeline.encoder.architecture import CausalPass, Encoder
 from behavior_pipeline.encoder.configuration import TrainingConfig
 from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES
-from behavior_pipeline.encoder.dro import RobustLoss
+from behavior_pipeline.encoder.dro import RobustLoss, identity
 from behavior_pipeline.encoder.embedder import FieldEmbedding
 from behavior_pipeline.encoder.future import FutureWindow, WindowAlignment
 from behavior_pipeline.encoder.layers import Linear
@@ -51,10 +51,16 @@ class EventPrediction(nn.Module):
         config: the training.
         is_robust: whether the event field's loss is that of the worst mix of its values (`dro.py`)
             where that is configured, rather than the mean.
+        reduce: adds a tensor up over processes.
     """
 
     def __init__(
-        self, encoder: Encoder, config: TrainingConfig, *, is_robust: bool = False
+        self,
+        encoder: Encoder,
+        config: TrainingConfig,
+        reduce: Callable[[Tensor], Tensor] = identity,
+        *,
+        is_robust: bool = False,
     ) -> None:
         super().__init__()
         shape = encoder.config
@@ -74,6 +80,7 @@ class EventPrediction(nn.Module):
                 config.robust_level,
                 config.robust_tail_power,
                 config.robust_share,
+                reduce=reduce,
             )
 
     def forward(self, hidden: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
@@ -125,9 +132,14 @@ class NextEvent(nn.Module):
     the log-spaced bucket of the next gap.
     """
 
-    def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: TrainingConfig,
+        reduce: Callable[[Tensor], Tensor] = identity,
+    ) -> None:
         super().__init__()
-        self.prediction = EventPrediction(encoder, config, is_robust=True)
+        self.prediction = EventPrediction(encoder, config, reduce, is_robust=True)
         self.gap = Linear(encoder.config.width, encoder.config.num_time_buckets)
 
     def forward(self, encoder: Encoder, hidden: Tensor, batch: TrainingBatch) -> Tensor:
@@ -191,12 +203,23 @@ class Silence(nn.Module):
 
 
 class Objectives(nn.Module):
-    """All objectives over one batch, from one pass through the transformer."""
+    """All objectives over one batch, from one pass through the transformer.
 
-    def __init__(self, encoder: Encoder, config: TrainingConfig) -> None:
+    Args:
+        encoder: what is trained.
+        config: the training.
+        reduce: adds a tensor up over the processes that train; default one process.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: TrainingConfig,
+        reduce: Callable[[Tensor], Tensor] = identity,
+    ) -> None:
         super().__init__()
         self.masked_event = MaskedEvent(encoder, config)
-        self.next_event = NextEvent(encoder, config)
+        self.next_event = NextEvent(encoder, config, reduce)
         self.contrastive = WindowAlignment(
             encoder.embedding_width,
             config.alignment,

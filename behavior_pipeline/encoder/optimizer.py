@@ -95,9 +95,14 @@ class Optimizer:
         return norm
 
     def _step_adamw(self, rate: float) -> None:
-        for name in self.by_adamw:
-            gradient = self.parameters[name].grad
-            self.masters[name].grad = None if gradient is None else gradient.float()
+        found = {name: self.parameters[name].grad for name in self.by_adamw}
+        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
+        if gradients and self.config.precision == "bfloat16":
+            short = list(gradients.values())
+            gradients = {name: torch.empty_like(self.masters[name]) for name in gradients}
+            torch._foreach_copy_(list(gradients.values()), short)  # all at once
+        for name, gradient in gradients.items():
+            self.masters[name].grad = gradient
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()

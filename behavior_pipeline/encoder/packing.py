@@ -17,7 +17,7 @@ from torch import Tensor
 from behavior_pipeline.encoder.arrangement import arranged
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.history import Prefixes
-from behavior_pipeline.encoder.layouts import Layout, PackedLayout, Runs
+from behavior_pipeline.encoder.layouts import ARRANGED_IN, Layout, PackedLayout
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable
 
 PACKED_TOKENS: Final = 131_072
@@ -296,12 +296,21 @@ class PackedBatch:
 
 
 def packed_batches(
-    table: SequenceTable, config: EncoderConfig, num_tokens: int = PACKED_TOKENS
+    table: SequenceTable,
+    config: EncoderConfig,
+    num_tokens: int = PACKED_TOKENS,
+    kernel: str = "varlen",
 ) -> Iterator[PackedBatch]:
     """Yield a table's users in packed batches of one shape, newest `max_events` events of each.
 
     Users are dealt out in order of length, so that all batches hold the same mix of lengths and
     are equally full.
+
+    Args:
+        table: the users.
+        config: of the encoder.
+        num_tokens: tokens of a batch.
+        kernel: what attends on a GPU, one of layouts.KERNELS.
     """
     kept = np.minimum(table.lengths, config.max_events)
     order = np.argsort(-kept, kind="stable")
@@ -312,7 +321,7 @@ def packed_batches(
     count = max(1, -(-int(kept.sum()) // max(room, 1)), -(-len(table) // num_runs))
     for number in range(min(count, len(table))):
         users = order[number::count]
-        yield _pack(table, config, users, kept[users], num_tokens, num_runs)
+        yield _pack(table, config, users, kept[users], (num_tokens, num_runs), kernel)
 
 
 def _pack(
@@ -320,20 +329,22 @@ def _pack(
     config: EncoderConfig,
     users: Ints,
     kept: Ints,
-    num_tokens: int,
-    num_runs: int,
+    shape: tuple[int, int],
+    kernel: str,
 ) -> PackedBatch:
-    """Pack the newest `kept` events of users."""
+    """Pack the newest `kept` events of users in so many tokens and runs."""
+    num_tokens, num_runs = shape
     starts = table.offsets[users + 1] - kept
-    flat = FlatRuns.cut(table, tuple(config.field_sizes), starts, kept, num_tokens)
-    runs = Runs.of(kept, num_tokens, num_runs, config.max_events, is_causal=True)
+    block = ARRANGED_IN.get(kernel, 0)
+    flat = FlatRuns.cut(table, tuple(config.field_sizes), starts, kept, num_tokens, block)
+    layout = PackedLayout.of([flat.lengths], [num_tokens], num_runs, config.max_events, kernel)
     lengths, before = np.zeros((num_runs, 1), np.int64), np.zeros((num_runs, 3), np.float32)
     silence = np.zeros(num_runs, np.float32)
     lengths[: len(users), 0] = kept
     before[: len(users)] = table.before(users, starts)
     silence[: len(users)] = table.silence_days(users)
     return PackedBatch(
-        tokens_of([flat], PackedLayout((runs,), (num_tokens,))),
+        tokens_of([flat], layout),
         flat.prefixes(lengths, before),
         torch.from_numpy(silence),
         users,

@@ -113,17 +113,51 @@ class RotaryClock(nn.Module):
     def forward(self, places: Tensor, elapsed_days: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (N, 1, head_width / 2), float32.
 
-        The angles are float64: after ten years the fastest has turned by 50,000, of which float32
-        keeps two decimals.
-
         Args:
             places: place of each event in its user's events, (N,).
             elapsed_days: days from its user's first event that is read, (N,) float64.
         """
-        by_place = places.double().unsqueeze(-1) * from_bits(self.place_frequencies)
-        by_day = elapsed_days.double().unsqueeze(-1) * from_bits(self.day_frequencies)
-        angles = torch.cat((by_place, by_day), dim=-1).remainder(2 * math.pi).float().unsqueeze(-2)
-        return angles.cos(), angles.sin()
+        turn: tuple[Tensor, Tensor] = turn_of(
+            places, elapsed_days, self.place_frequencies, self.day_frequencies
+        )
+        return turn
+
+
+@torch.library.custom_op(
+    "behavior_pipeline::turn_of",
+    mutates_args=(),
+    schema="(Tensor places, Tensor elapsed_days, Tensor place_bits, Tensor day_bits)"
+    " -> (Tensor, Tensor)",
+)
+def turn_of(
+    places: Tensor, elapsed_days: Tensor, place_bits: Tensor, day_bits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (N, 1, W / 2) float32 of a rotary clock's angles.
+
+    The angles are float64: after ten years the fastest has turned by 50,000, of which float32
+    keeps two decimals. That is slow on a GPU, so it is done once a batch: an operation that is
+    opaque to torch.compile, which else would compute the angles again in every layer.
+
+    Args:
+        places: place of each event in its user's events, (N,).
+        elapsed_days: days from its user's first event that is read, (N,) float64.
+        place_bits: radians a place of each pair, as `to_bits` has them, (W / 4,).
+        day_bits: radians a day likewise.
+    """
+    by_place = places.double().unsqueeze(-1) * from_bits(place_bits)
+    by_day = elapsed_days.double().unsqueeze(-1) * from_bits(day_bits)
+    angles = torch.cat((by_place, by_day), dim=-1).remainder(2 * math.pi).float().unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+@turn_of.register_fake
+def _turn_shapes(
+    places: Tensor, _elapsed_days: Tensor, place_bits: Tensor, day_bits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return empty tensors of the shapes that `turn_of` returns."""
+    shape = *places.shape, 1, len(place_bits) + len(day_bits)
+    cosines = places.new_empty(shape, dtype=torch.float32)
+    return cosines, torch.empty_like(cosines)
 
 
 def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

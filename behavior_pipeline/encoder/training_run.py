@@ -16,12 +16,7 @@ from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.averaging import AveragedWeights
 from behavior_pipeline.encoder.best_weights import BestWeights
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
-from behavior_pipeline.encoder.cutoffs import (
-    BatchMaker,
-    TrainingBatch,
-    plan_cutoffs,
-    window_rates,
-)
+from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
 from behavior_pipeline.encoder.meters import Curves, LossSums, Meters, Work, work_of
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.optimizer import Optimizer
@@ -94,10 +89,10 @@ class TrainingRun:
         self.processes = processes
         self.batches = BatchMaker(files, shape, config, plan_cutoffs(found, config))
         self.encoder = Encoder(shape).to(processes.device)
-        self.objectives = Objectives(self.encoder, config).to(processes.device)
+        self.objectives = Objectives(self.encoder, config, processes.sum).to(processes.device)
         self.validation = self.batches.validation()
         # Before the optimizer and the averages take what they start from.
-        self.objectives.silence.start_from(window_rates(self.validation))
+        self.objectives.start_from(self.validation)
         self.model = Model(self.encoder, self.objectives, is_parallel=processes.is_parallel)
         self.optimizer = Optimizer(self.model, config)
         self.averages = (
@@ -296,6 +291,7 @@ class TrainingRun:
         tensors |= {f"best/{name}": value for name, value in self.best.weights.items()}
         if self.averages is not None:
             tensors |= {f"averages/{name}": v for name, v in self.averages.averages.items()}
+        tensors |= {f"buffers/{n}": value for n, value in self.objectives.named_buffers()}
         tensors["since_validation"] = self.since_validation.tensors()
         facts = {
             "num_steps": self.num_steps,
@@ -316,6 +312,9 @@ class TrainingRun:
         self.optimizer.load(state.tensors)
         if self.averages is not None:
             self.averages.load(state.below("averages/"), facts["num_steps"])
+        kept = state.below("buffers/")
+        for name, buffer in self.objectives.named_buffers():
+            buffer.copy_(kept[name])
         self.best = BestWeights(**facts["best"], weights=state.below("best/"))
         self.since_validation.load(facts["loss_names"], state.tensors["since_validation"])
         self.num_steps, self.num_events = facts["num_steps"], facts["num_events"]

@@ -20,16 +20,21 @@ sys.exit(f"loaded {{found}}" if found else 0)
 """
 
 
-def run(folders: Folders, figures: str) -> dict[str, dict]:
+def run_for(folders: Folders, figures: str, *more: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable, "-c", PROGRAM,
         "--sequences", str(folders.sequences), "--vocabulary", str(folders.vocabulary),
-        "--device", "cpu", "--preset", "tiny", "--cpu-preset", "tiny", "--precision", "fp32",
+        "--device", "cpu", "--preset", "tiny", "--cpu-preset", "tiny", "--precision", "float32",
         "--seconds", "0.01", "--peer-users", "8", "--infer-users", "20", "--cpu-users", "40",
-        "--only", figures,
+        "--only", figures, *more,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def run(folders: Folders, figures: str) -> dict[str, dict]:
+    done = run_for(folders, figures)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {line["figure"]: line for line in lines}
 
@@ -61,3 +66,15 @@ def test_two_processes_are_measured_beside_one(folders):
     line = run(folders, "two_gpu_efficiency")["two_gpu_efficiency"]
     assert line["value"] > 0
     assert line["peer"] == "twice one"
+
+
+@pytest.mark.slow
+def test_a_profile_tells_where_a_step_s_time_goes(folders):
+    errors = run_for(folders, "train_mfu", "--profile").stderr
+    lines = errors[errors.index("ms/step") :].splitlines()
+    assert "aten::" in lines[1]
+    assert lines[1].split()[0] > "0"
+    shares = [float(line.split()[1].rstrip("%")) for line in lines[1:27]]
+    assert shares[:25] == sorted(shares[:25], reverse=True)
+    assert shares[25] == 100
+    assert lines[26].endswith("all")

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 
 from behavior_pipeline.encoder.contrast import hard_info_nce
-from behavior_pipeline.encoder.losses import info_nce
+
+
+def info_nce(left: torch.Tensor, right: torch.Tensor, temperature: float) -> torch.Tensor:
+    """van den Oord et al. 2018, equation 4, in both directions, as a cross-entropy."""
+    scores = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T / temperature
+    own = torch.arange(len(left))
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
 def windows(count: int = 12, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +45,29 @@ def test_without_hardness_it_is_info_nce_in_value_and_gradient():
     torch.testing.assert_close(ours, theirs)
     gradients = [torch.autograd.grad(loss, left)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients)
+
+
+def test_two_pairs_by_hand():
+    left = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    right = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    # Cosines: [[1, s], [0, s]] with s = 1 / sqrt 2, over temperature 0.5.
+    s = 1 / math.sqrt(2)
+    rows = [math.log(1 + math.exp((s - 1) / 0.5)), math.log(1 + math.exp((0 - s) / 0.5))]
+    columns = [math.log(1 + math.exp((0 - 1) / 0.5)), math.log(1 + math.exp((s - s) / 0.5))]
+    expected = (sum(rows) / 2 + sum(columns) / 2) / 2
+    assert hard_info_nce(left, right, 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_that_are_no_pairs_count_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    left, right = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    is_pair = torch.tensor([True, False, True, True, False])
+    loss = hard_info_nce(left, right, 0.1, valid=is_pair)
+    torch.testing.assert_close(loss, info_nce(left[is_pair], right[is_pair], 0.1))
+    for nobody in (torch.zeros(5, dtype=torch.bool), torch.arange(5) == 2):
+        loss = hard_info_nce(left, right, 0.1, valid=nobody)
+        assert loss.item() == 0
+        assert not torch.autograd.grad(loss, left)[0].any()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])

@@ -19,8 +19,14 @@ from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, save_checkpoint
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.encode import encode_folder, main
-from behavior_pipeline.encoder.inference import encode_files, fast_copy, read_out
-from behavior_pipeline.encoder.sequence_files import sequence_files
+from behavior_pipeline.encoder.inference import (
+    _packed_states,
+    encode_files,
+    encode_table,
+    fast_copy,
+    read_out,
+)
+from behavior_pipeline.encoder.sequence_files import read_table, sequence_files
 from behavior_pipeline.errors import PipelineError
 
 WRITTEN_AT = datetime(2024, 7, 2, tzinfo=UTC)
@@ -98,12 +104,12 @@ import os, signal
 from behavior_pipeline.encoder import encode
 calls = 0
 whole = encode.encode_table
-def killed(*arguments):
+def killed(*arguments, **named):
     global calls
     calls += 1
     if calls == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*arguments)
+    return whole(*arguments, **named)
 encode.encode_table = killed
 encode.main()
 """
@@ -201,6 +207,21 @@ def run(
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_packed_float32_weights_compute_in_bfloat16_only_where_that_is_wanted(is_short):
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig.named("tiny", SIZES)).eval()
+    table = read_table(sequences_table(random_rows(20)), "here")
+    expected = encode_table(encoder, table).states
+    found = np.zeros_like(expected)
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        for users, states in _packed_states(encoder, table, 256, cpu, is_short=is_short):
+            found[users] = states.float().numpy()
+    error = np.abs(found - expected).max()
+    assert 1e-3 < error < 0.2 if is_short else error < 2e-5
 
 
 def test_a_fast_copy_is_short_but_for_the_readout_and_leaves_the_encoder_alone():

@@ -11,7 +11,6 @@ from behavior_pipeline.contracts import PAD_ID
 from behavior_pipeline.encoder import losses
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
-from behavior_pipeline.encoder.losses import info_nce
 from behavior_pipeline.encoder.objectives import EventPrediction
 
 
@@ -35,18 +34,6 @@ def test_chunks_give_the_losses_and_gradients_of_the_whole(monkeypatch, chunk_lo
     found = losses.other_log_sum_exp(hidden, weight, bias, own, ids)
     gradients = torch.autograd.grad((found * scale).sum(), parts)
     torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_rows_that_are_no_pairs_count_as_if_they_were_not_there():
-    torch.manual_seed(0)
-    left, right = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
-    is_pair = torch.tensor([True, False, True, True, False])
-    loss = info_nce(left, right, 0.1, is_pair)
-    torch.testing.assert_close(loss, info_nce(left[is_pair], right[is_pair], 0.1))
-    for nobody in (torch.zeros(5, dtype=torch.bool), torch.arange(5) == 2):
-        loss = info_nce(left, right, 0.1, nobody)
-        assert loss.item() == 0
-        assert not torch.autograd.grad(loss, left)[0].any()
 
 
 def test_padding_is_never_predicted_and_its_row_stays_as_it_is():

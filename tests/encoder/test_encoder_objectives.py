@@ -14,23 +14,11 @@ from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.embedder import FieldEmbedding
 from behavior_pipeline.encoder.losses import (
     FieldPrediction,
-    info_nce,
     log_uniform_log_probability,
     sample_log_uniform,
     sampled_cross_entropy,
 )
 from behavior_pipeline.encoder.objectives import Silence
-
-
-def test_info_nce_of_two_pairs_by_hand():
-    left = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    right = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    # Cosines: [[1, s], [0, s]] with s = 1 / sqrt 2, over temperature 0.5.
-    s = 1 / math.sqrt(2)
-    rows = [math.log(1 + math.exp((s - 1) / 0.5)), math.log(1 + math.exp((0 - s) / 0.5))]
-    columns = [math.log(1 + math.exp((0 - 1) / 0.5)), math.log(1 + math.exp((s - s) / 0.5))]
-    expected = (sum(rows) / 2 + sum(columns) / 2) / 2
-    assert info_nce(left, right, 0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_log_uniform_probabilities_sum_to_one_and_match_the_samples():

@@ -14,6 +14,7 @@ from behavior_pipeline.encoder.configuration import EncoderConfig, ObjectiveWeig
 from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
 from behavior_pipeline.encoder.losses import FieldPrediction
 from behavior_pipeline.encoder.objectives import Objectives
+from behavior_pipeline.encoder.parallel import Processes
 from behavior_pipeline.encoder.sequence_files import sequence_files, survey
 
 EVERYTHING = {
@@ -133,3 +134,13 @@ def test_a_step_is_one_graph_with_every_option(folders):
     encoder.eval()
     objectives.eval()
     torch.testing.assert_close(compiled(batch), objectives(encoder, batch)["total"])
+
+
+def test_statistics_of_one_process_are_no_break_in_the_graph(folders):
+    config, encoder, batch = batch_of(folders, **EVERYTHING)
+    objectives = Objectives(encoder, config, Processes(0, 1, torch.device("cpu")).sum)
+    compiled = torch.compile(
+        lambda given: objectives(encoder, given)["total"], backend="aot_eager", fullgraph=True
+    )
+    assert compiled(batch).isfinite()
+    assert objectives.next_event.prediction.robust["action"].counts.sum() > 0

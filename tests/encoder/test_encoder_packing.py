@@ -244,6 +244,8 @@ def shapes(batch: TrainingBatch) -> list[tuple]:
     assert isinstance(layout, PackedLayout)
     tensors = [*tokens.ids.values(), tokens.gap_days, tokens.places, tokens.elapsed_days]
     tensors += [runs.offsets for runs in layout.parts]
+    if layout.stretches is not None:
+        tensors += vars(layout.stretches).values()
     tensors += [getattr(batch.prefixes, name) for name in vars(batch.prefixes)]
     tensors += [batch.has_next, batch.is_pair, batch.masked.places, *batch.masked.ids.values()]
     for one in batch.cuts:
@@ -251,8 +253,9 @@ def shapes(batch: TrainingBatch) -> list[tuple]:
     return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] + [layout.sizes]
 
 
-def test_every_batch_has_the_same_shapes(skewed):
-    made = maker(skewed)
+@pytest.mark.parametrize("attention", ["auto", "blocks"])
+def test_every_batch_has_the_same_shapes(skewed, attention):
+    made = maker(skewed, attention=attention)
     batches = [*islice(made.training(), 12), *made.validation()]
     assert all(shapes(batch) == shapes(batches[0]) for batch in batches)
 
@@ -293,7 +296,8 @@ def test_a_batch_too_small_for_a_user_is_refused(skewed):
 
 def test_what_attends_changes_no_loss(skewed):
     losses = []
-    for attention in ("varlen", "flex"):  # on a CPU they differ in how runs are arranged alone
+    # On a CPU they differ in how runs are arranged alone.
+    for attention in ("varlen", "flex", "blocks"):
         made = maker(skewed, attention=attention)
         torch.manual_seed(0)
         encoder = Encoder(SHAPE)
@@ -303,7 +307,8 @@ def test_what_attends_changes_no_loss(skewed):
         objectives.eval()
         losses.append(objectives(encoder, batch))
     for name in ("next_event", "contrastive", "silence"):
-        torch.testing.assert_close(losses[0][name], losses[1][name], atol=1e-5, rtol=1e-5)
+        for other in losses[1:]:
+            torch.testing.assert_close(losses[0][name], other[name], atol=1e-5, rtol=1e-5)
 
 
 def test_masked_copies_are_runs_of_the_batch_and_hidden_events_are_told(skewed):
@@ -369,11 +374,12 @@ def test_a_step_is_one_graph_and_is_compiled_once(skewed, monkeypatch):
     assert len(graphs) == 1
 
 
-def test_packed_inference_batches_hold_everyone_once_and_agree_with_padded(encoder, table):
+@pytest.mark.parametrize("kernel", ["varlen", "blocks"])
+def test_packed_inference_batches_hold_everyone_once_and_agree_with_padded(encoder, table, kernel):
     expected = encode_table(encoder, table).states
     seen = []
     with torch.no_grad():
-        batches = list(packed_batches(table, SHAPE, 256))
+        batches = list(packed_batches(table, SHAPE, 256, kernel))
         for batch in batches:
             states = encoder.pool_at(encoder.transform(batch.tokens), batch.prefixes)[:, 0]
             np.testing.assert_allclose(

@@ -99,7 +99,12 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     ("at_step", "changes"),
-    [(6, {}), (9, {"accumulate": 2, "optimizer": "adamw"}), (11, {"precision": "bfloat16"})],
+    [
+        (6, {}),
+        (9, {"accumulate": 2, "optimizer": "adamw"}),
+        (11, {"precision": "bfloat16"}),
+        (6, {"robust_share": 0.5}),
+    ],
 )
 def test_wherever_it_is_interrupted_the_curve_is_the_same(tmp_path, folders, at_step, changes):
     other = write_folders(tmp_path / "whole", random_rows(60))

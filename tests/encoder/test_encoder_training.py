@@ -12,10 +12,14 @@ import pytest
 import torch
 from encoder_builders import CUTOFF, random_rows, user_row, write_folders
 
-from behavior_pipeline.encoder.checkpoints import load_checkpoint
-from behavior_pipeline.encoder.configuration import ObjectiveWeights, TrainingConfig
+from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
+from behavior_pipeline.encoder.configuration import EncoderConfig, ObjectiveWeights, TrainingConfig
+from behavior_pipeline.encoder.cutoffs import future_rates
+from behavior_pipeline.encoder.parallel import Processes
 from behavior_pipeline.encoder.schedule import rate_share
+from behavior_pipeline.encoder.sequence_files import sequence_files, survey
 from behavior_pipeline.encoder.train import train
+from behavior_pipeline.encoder.training_run import TrainingRun
 from behavior_pipeline.errors import PipelineError
 
 OBJECTIVES = {"masked_event", "next_event", "contrastive", "silence", "total"}
@@ -52,6 +56,19 @@ def test_the_same_seed_gives_the_same_curve_and_the_same_checkpoint(folders):
     assert first.train_losses == again.train_losses
     assert first.validation_losses == again.validation_losses
     assert first.checkpoint_id == again.checkpoint_id != other.checkpoint_id
+
+
+def test_heads_start_at_the_rates_and_robust_statistics_are_those_of_all_processes(folders):
+    files, alone = sequence_files(folders.sequences), Processes(0, 1, torch.device("cpu"))
+    weights = ObjectiveWeights(future_window=1.0)
+    config = tiny(weights=weights, robust_share=0.2, validation_share=0.3).for_device("cpu")
+    shape = EncoderConfig.named("tiny", read_vocabulary_facts(folders.vocabulary).field_sizes)
+    run = TrainingRun(files, survey(files), shape, config, alone)
+    rates = future_rates(run.validation)["action"].flatten()
+    bias = run.objectives.future_window.heads["action"].bias
+    torch.testing.assert_close(bias.sigmoid(), rates)
+    assert run.objectives.next_event.prediction.robust["action"].reduce == alone.sum
+    assert not run.objectives.masked_event.prediction.robust
 
 
 def test_training_leaves_the_random_state_and_the_threads_alone(folders):
