@@ -36,11 +36,11 @@ def test_a_killed_job_run_again_says_what_an_undisturbed_one_says(tmp_path: Path
     killed = new_installation(tmp_path / "killed")
     chance = random.Random(20260101)  # noqa: S311 - moments, not secrets
     moments = [chance.uniform(0.1, 0.95) * seconds for _ in range(NUM_KILLS)]
-    num_killed = sum(kill_after(killed, moment) for moment in moments)
+    for moment in moments:
+        kill(killed, moment, "run")
     again = killed.run("run")
 
     assert again.returncode == 0, again.stdout + again.stderr
-    assert num_killed >= 1
     assert (killed.root / COMPARISON).read_bytes() == (undisturbed.root / COMPARISON).read_bytes()
     assert not list(killed.storage.home.rglob("*.aside"))
 
@@ -61,11 +61,11 @@ def test_a_killed_night_run_again_says_what_an_undisturbed_one_says(
 
     chance = random.Random(20260102)  # noqa: S311 - moments, not secrets
     moments = [chance.uniform(0.1, 0.95) * seconds for _ in range(max(1, NUM_KILLS // 2))]
-    num_killed = sum(kill_after(killed, moment, *night) for moment in moments)
+    for moment in moments:
+        kill(killed, moment, *night)
     again = killed.run(*night)
 
     assert again.returncode == 0, again.stdout + again.stderr
-    assert num_killed >= 1
     report = Path("simulated") / "reports" / END / "comparison.json"
     assert (killed.root / report).read_bytes() == (undisturbed.root / report).read_bytes()
     assert tables_of(killed) == tables_of(undisturbed)
@@ -85,10 +85,19 @@ def tables_of(installation: Installation) -> dict[str, list[tuple[Any, ...]]]:
         }
 
 
+def kill(installation: Installation, seconds: float, *arguments: str) -> None:
+    """Start the job and kill it after some seconds; if it was over by then, at half of them.
+
+    Machines that others work on too are not evenly fast.
+    """
+    while not kill_after(installation, seconds, *arguments):
+        seconds /= 2
+
+
 def kill_after(installation: Installation, seconds: float, *arguments: str) -> bool:
     """Start the job, kill it and all its children; tell whether it was still at work."""
     process = subprocess.Popen(
-        installation.command(*(arguments or ("run",))),
+        installation.command(*arguments),
         env=installation.environment,
         cwd=installation.root,
         stdout=subprocess.DEVNULL,
