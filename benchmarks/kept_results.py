@@ -1,0 +1,74 @@
+"""Results of long measurements, a file each: a run that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from behavior_pipeline.storage import read_json, write_json
+
+DIGITS = 4
+
+Result = dict[str, Any]
+
+
+class KeptResults:
+    """A folder of results.
+
+    Args:
+        folder: `<name>-<seed>.json` are in it.
+        about: what a result depends on beside its name and seed; one of other circumstances does
+            not count and is measured anew.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.about = json.loads(json.dumps(about))
+
+    def result(self, name: str, seed: int, measure: Callable[[], Result], **more: object) -> Result:
+        """Return a result that is there, or measure it and keep it.
+
+        Args:
+            name: of the result.
+            seed: of the result.
+            measure: measures it.
+            more: what this result depends on beside `about`.
+        """
+        path = self.folder / f"{name}-{seed}.json"
+        about = self.about | json.loads(json.dumps(more))
+        if path.is_file():
+            content = read_json(path)
+            if content["about"] == about:
+                return content["result"]
+        result = measure()
+        write_json(path, {"about": about, "result": result})
+        print(f"{name}, seed {seed}: {in_words(result)}", file=sys.stderr, flush=True)
+        return result
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean and the standard deviation over seeds, which one seed does not have."""
+    spread = round(statistics.stdev(values), DIGITS) if len(values) > 1 else None
+    return round(statistics.fmean(values), DIGITS), spread
+
+
+def cell(values: list[float]) -> str:
+    """Return mean and standard deviation as a table shows them, `.731 (.004)`."""
+    mean, spread = mean_and_spread(values)
+    words = f"{mean:.3f}" if spread is None else f"{mean:.3f} ({spread:.3f})"
+    return words.replace("0.", ".")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_words(result: Result) -> str:
+    """Return a result on one line."""
+    return json.dumps(result, default=lambda value: round(float(value), DIGITS))
