@@ -23,14 +23,18 @@ class KeptResults:
         folder: `<name>-<seed>.json` are in it.
         about: what a result depends on beside its name and seed; one of other circumstances does
             not count and is measured anew.
+        is_finished: whether nothing is to be measured: what is there is all there is.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], *, is_finished: bool = False) -> None:
         self.folder = folder
+        self.is_finished = is_finished
         self.about = json.loads(json.dumps(about))
 
-    def result(self, name: str, seed: int, measure: Callable[[], Result], **more: object) -> Result:
-        """Return a result that is there, or measure it and keep it.
+    def result(
+        self, name: str, seed: int, measure: Callable[[], Result], **more: object
+    ) -> Result | None:
+        """Return a result that is there, or measure it and keep it; None if that is not wanted.
 
         Args:
             name: of the result.
@@ -44,6 +48,8 @@ class KeptResults:
             content = read_json(path)
             if content["about"] == about:
                 return content["result"]
+        if self.is_finished:
+            return None
         result = measure()
         write_json(path, {"about": about, "result": result})
         print(f"{name}, seed {seed}: {in_words(result)}", file=sys.stderr, flush=True)

@@ -79,7 +79,6 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.data = Prepared.at(given.data)
-        self.device = pick_device(given.device)
         self.variants = dict(VARIANTS, **dict(map(parse_weights, given.weights)))
         about = {
             **self.data.about,
@@ -87,9 +86,14 @@ class Bench:
             "steps": given.steps,
             "batch_tokens": given.batch_tokens,
             "max_users": given.max_users,
-            "device": self.device.type,
+            "device": kind_of_device(given.device),
         }
-        self.kept = KeptResults(given.out, about)
+        self.kept = KeptResults(given.out, about, is_finished=given.finished)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where encoders compute."""
+        return pick_device(self.given.device)
 
     @cached_property
     def cuts(self) -> tuple[Cut, Cut]:
@@ -125,6 +129,11 @@ class Bench:
         """Return the aggregates at both cutoffs."""
         before, after = (Block("rfm", cut.aggregates) for cut in self.cuts)
         return before, after
+
+
+def kind_of_device(name: str) -> str:
+    """Return cpu or cuda; a GPU that is named need not be there to show what it measured."""
+    return pick_device(name).type if name == "auto" else name
 
 
 def no_resamples(labels: np.ndarray) -> np.ndarray:
@@ -204,13 +213,13 @@ def measure_all(bench: Bench) -> dict[str, list[dict[str, float]]]:
     """Return by row the scores of each seed, in the order of the table."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names_of_rows(bench)}
     for seed in bench.given.seeds:
-        for result in results_of(bench, seed):
+        for result in filter(None, results_of(bench, seed)):
             for name in rows.keys() & result.keys():
                 rows[name].append(result[name])
     return {name: scores for name, scores in rows.items() if scores}
 
 
-def results_of(bench: Bench, seed: int) -> Iterator[Result]:
+def results_of(bench: Bench, seed: int) -> Iterator[Result | None]:
     """Yield the results of a seed, measured now or before."""
     result = bench.kept.result
     if seed == bench.given.seeds[0]:
@@ -279,6 +288,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--finished", action="store_true", help="measure nothing, show what is there"
+    )
     return parser.parse_args(arguments)
 
 

@@ -56,6 +56,9 @@ def prepare(opened: Pipeline, cutoff: datetime, out: Path) -> None:
     tell("events")
     load_arrival(preset, opened.raw_path, storage, settings, "history", datetime.now(UTC))
     windows = opened.windows(cutoff)
+    tell(
+        f"train cutoff {windows.train_cutoff:%Y-%m-%d}, test cutoff {windows.test_cutoff:%Y-%m-%d}"
+    )
     features = {"train": features_at(opened, windows, windows.train_cutoff)}
     features["test"] = features_at(opened, windows, windows.test_cutoff)
     with writing_folder(out) as aside:
@@ -146,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="name of a preset, or path of one")
     parser.add_argument("--path", required=True, help="raw events")
-    parser.add_argument("--cutoff", required=True, help="where probes are tested, YYYY-MM-DD")
+    parser.add_argument("--cutoff", required=True, help="test cutoff, YYYY-MM-DD")
     parser.add_argument("--out", type=Path, required=True, help="folder that is written")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)

@@ -33,7 +33,7 @@ from next_events import (
     recalls,
     windows_from,
 )
-from objectives import ALL_PASSES, numbers, tell_steps
+from objectives import ALL_PASSES, kind_of_device, numbers, tell_steps
 from quality_data import ALL_USERS, Prepared
 
 from behavior_pipeline.encoder.architecture import Encoder
@@ -77,13 +77,12 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.data = Prepared.at(given.data)
-        self.device = pick_device(given.device)
         facts = read_vocabulary_facts(self.data.vocabulary)
         self.shape = EncoderConfig.named(given.preset, facts.field_sizes)
         named = ("preset", "steps", "batch_tokens", "objectives", "level", "tail_power")
         about = {name: getattr(given, name) for name in named}
-        about |= {**self.data.about, "device": self.device.type}
-        self.kept = KeptResults(given.out, about)
+        about |= {**self.data.about, "device": kind_of_device(given.device)}
+        self.kept = KeptResults(given.out, about, is_finished=given.finished)
 
     @cached_property
     def table(self) -> SequenceTable:
@@ -152,7 +151,7 @@ def trained(bench: Bench, config: TrainingConfig) -> tuple[Encoder, FieldPredict
     """
     files = sequence_files(bench.data.sequences("train"))
     found = survey(files)
-    config = config.for_events(found.num_events).for_device(bench.device.type)
+    config = config.for_events(found.num_events).for_device(pick_device(config.device).type)
     torch.manual_seed(config.seed)
     with joining(config.device) as processes:
         run = TrainingRun(files, found, bench.shape, config, processes)
@@ -177,21 +176,24 @@ def name_of(share: float) -> str:
 
 def measure_all(bench: Bench) -> dict[str, list[Result]]:
     """Return by row the recalls of each seed."""
-    result = bench.kept.result
-    rows = {
-        name: [result(name.replace(" ", "_"), 0, partial(measure_naive, bench, name))]
-        for name in NAIVE
-    }
-    for seed in bench.given.seeds:
-        for share in (0.0, *bench.given.shares):
-            measure = partial(measure_trained, bench, share, seed)
-            found = result(name_of(share).replace(" ", "_"), seed, measure)
-            rows.setdefault(name_of(share), []).append(found)
+    wanted = [(name, 0, partial(measure_naive, bench, name)) for name in NAIVE]
+    wanted += [
+        (name_of(share), seed, partial(measure_trained, bench, share, seed))
+        for seed in bench.given.seeds
+        for share in (0.0, *bench.given.shares)
+    ]
+    rows: dict[str, list[Result]] = {}
+    for name, seed, measure in wanted:
+        found = bench.kept.result(name.replace(" ", "_"), seed, measure)
+        if found is not None:
+            rows.setdefault(name, []).append(found)
     return rows
 
 
 def publish(bench: Bench, rows: dict[str, list[Result]]) -> None:
     """Print one JSON line per row, then the table."""
+    if PLAIN not in rows:
+        raise PipelineError(f"No training with {PLAIN} is finished in {bench.given.out}.")
     plain = {metric: np.mean([each[metric] for each in rows[PLAIN]]) for metric in METRICS}
     about = {**bench.kept.about, **sizes(bench)}
     lines = []
@@ -244,6 +246,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--finished", action="store_true", help="measure nothing, show what is there"
+    )
     return parser.parse_args(arguments)
 
 
