@@ -58,15 +58,20 @@ class KeptResults:
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
     """Return the mean and the standard deviation over seeds, which one seed does not have."""
-    spread = round(statistics.stdev(values), DIGITS) if len(values) > 1 else None
-    return round(statistics.fmean(values), DIGITS), spread
+    mean, spread = _statistics(values)
+    return round(mean, DIGITS), None if spread is None else round(spread, DIGITS)
 
 
 def cell(values: list[float]) -> str:
     """Return mean and standard deviation as a table shows them, `.731 (.004)`."""
-    mean, spread = mean_and_spread(values)
+    mean, spread = _statistics(values)
     words = f"{mean:.3f}" if spread is None else f"{mean:.3f} ({spread:.3f})"
     return words.replace("0.", ".")
+
+
+def _statistics(values: list[float]) -> tuple[float, float | None]:
+    """Return mean and standard deviation as they are."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

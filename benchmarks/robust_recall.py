@@ -221,9 +221,11 @@ def sizes(bench: Bench) -> dict[str, int]:
     moment = to_microseconds(bench.data.moment("train"))
     in_period = int((bench.table.times >= moment).sum())
     predicted = len(bench.actual)
+    _, counts = np.unique(bench.actual, return_counts=True)
     return {
         "events": predicted,
-        "actions": len(np.unique(bench.actual)),
+        "actions": len(counts),
+        "fewest_events_of_an_action": int(counts.min(initial=predicted)),
         "events_without_one_before": in_period - predicted,
     }
 
