@@ -62,6 +62,7 @@ CUTOFFS = ("train", "test")
 CONTROLS = ("random", "untrained")
 COMBINED = "aggregates+default"
 SHORT = {"logistic_regression": "lr", "gradient_boosting": "gbm"}
+COLUMNS = ("churn_lr", "churn_gbm", "propensity_lr", "propensity_gbm")
 ALL_PASSES = 1e9  # the number of steps was asked for: passes do not bound it
 PROBE_SEED = 0  # of the probes' held-out quarter: what varies is the encoder
 
@@ -246,7 +247,8 @@ def names_of_rows(bench: Bench) -> list[str]:
 
 def publish(bench: Bench, rows: dict[str, list[dict[str, float]]]) -> None:
     """Print one JSON line per row, then the table."""
-    columns = list(next(iter(rows.values()))[0]) if rows else []
+    first = next(iter(rows.values()))[0] if rows else {}
+    columns = [column for column in COLUMNS if column in first]
     train_cut, test_cut = bench.cuts
     sizes = {"train_users": len(train_cut.population), "test_users": len(test_cut.population)}
     for name, scores in rows.items():
