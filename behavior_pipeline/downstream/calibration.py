@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from behavior_pipeline.downstream.blocks import Blocks
 from behavior_pipeline.downstream.probes import (
     MIN_PROBABILITY,
     PROBES,
@@ -26,7 +27,6 @@ from behavior_pipeline.downstream.probes import (
     in_parallel,
     prepare,
 )
-from behavior_pipeline.downstream.representations import Blocks
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.bool_]

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
+from behavior_pipeline.downstream.blocks import Block, Blocks
 from behavior_pipeline.downstream.probes import Normalizer
-from behavior_pipeline.downstream.representations import Block, Blocks
 
 NUM_STARTS: Final = 4  # k-means runs of which the tightest is kept
 

@@ -26,7 +26,7 @@ from behavior_pipeline.downstream.measurement import (
     measure_naive,
     measure_task,
 )
-from behavior_pipeline.downstream.population import Population, load_population, load_targets
+from behavior_pipeline.downstream.population import load_population, load_targets
 from behavior_pipeline.downstream.probes import PROBES
 from behavior_pipeline.downstream.representations import (
     BASELINE,
@@ -34,6 +34,7 @@ from behavior_pipeline.downstream.representations import (
     build_representations,
 )
 from behavior_pipeline.downstream.tasks import Task, churn_task, next_action_task, propensity_task
+from behavior_pipeline.downstream.users import Population
 from behavior_pipeline.downstream.verdict import verdicts
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset

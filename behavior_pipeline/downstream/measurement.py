@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from behavior_pipeline.downstream import naive
+from behavior_pipeline.downstream.blocks import Blocks, take
 from behavior_pipeline.downstream.clusters import fit_clusters
-from behavior_pipeline.downstream.population import Population
 from behavior_pipeline.downstream.probes import PROBES, FittedProbes, ProbeName, fit_probes
-from behavior_pipeline.downstream.representations import REPRESENTATIONS, Blocks, take
+from behavior_pipeline.downstream.representations import REPRESENTATIONS
 from behavior_pipeline.downstream.statistics import (
     Counts,
     Estimate,
@@ -29,6 +29,7 @@ from behavior_pipeline.downstream.tasks import (
     Task,
     class_codes,
 )
+from behavior_pipeline.downstream.users import Population
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
 

@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from behavior_pipeline.downstream.representations import Blocks, stack
+from behavior_pipeline.downstream.blocks import Blocks, stack
 
 ProbeName = Literal["logistic_regression", "gradient_boosting"]
 Floats = NDArray[np.float64]

@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 
 from behavior_pipeline import sql
 from behavior_pipeline.contracts import COLD_START_USER, PREDICTIONS
+from behavior_pipeline.downstream.blocks import Block, Blocks, take
 from behavior_pipeline.downstream.calibration import CalibratedProbe, choose_calibrated
 from behavior_pipeline.downstream.population import (
     RFM_COLUMNS,
-    Population,
     load_population,
     load_targets,
     require_mart,
 )
 from behavior_pipeline.downstream.probes import FittedProbes, fit_probes
-from behavior_pipeline.downstream.representations import Block, Blocks, take
 from behavior_pipeline.downstream.tables import write_sorted
 from behavior_pipeline.downstream.tasks import (
     LeftOut,
@@ -39,6 +38,7 @@ from behavior_pipeline.downstream.tasks import (
     next_action_task,
     propensity_task,
 )
+from behavior_pipeline.downstream.users import Population
 from behavior_pipeline.downstream.vectors import VectorFolder, as_matrix, load_vectors, open_vectors
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset

@@ -17,10 +17,10 @@ from threadpoolctl import threadpool_limits
 
 from behavior_pipeline import sql
 from behavior_pipeline.contracts import COLD_START_USER, SEGMENTS
+from behavior_pipeline.downstream.blocks import Block, Blocks
 from behavior_pipeline.downstream.clusters import Clusters, fit_clusters
 from behavior_pipeline.downstream.population import require_mart
 from behavior_pipeline.downstream.profiles import Profile, describe_segments
-from behavior_pipeline.downstream.representations import Block, Blocks
 from behavior_pipeline.downstream.tables import write_sorted
 from behavior_pipeline.downstream.vectors import (
     VectorFolder,

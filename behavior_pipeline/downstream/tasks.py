@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from behavior_pipeline.downstream.population import Population
+from behavior_pipeline.downstream.users import Population
 
 TaskName = Literal["churn", "propensity", "next_action", "segments"]
 CHURN_TARGET: Final = "is_churned"

@@ -24,15 +24,12 @@ from rich.console import Console
 from sequence_builders import events_frame, write_events_sessionized
 
 from behavior_pipeline.contracts import COLD_START_USER, LABELS
+from behavior_pipeline.downstream.blocks import random_vectors
 from behavior_pipeline.downstream.comparison import compare, headline
 from behavior_pipeline.downstream.console import comparison_table
 from behavior_pipeline.downstream.population import load_population
 from behavior_pipeline.downstream.probes import PROBES
-from behavior_pipeline.downstream.representations import (
-    REPRESENTATIONS,
-    build_representations,
-    random_vectors,
-)
+from behavior_pipeline.downstream.representations import REPRESENTATIONS, build_representations
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage

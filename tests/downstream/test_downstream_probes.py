@@ -7,10 +7,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import QuantileTransformer
 
+from behavior_pipeline.downstream.blocks import Block, Blocks
 from behavior_pipeline.downstream.calibration import brier_score, fit_calibrated, reliability
 from behavior_pipeline.downstream.clusters import fit_clusters
 from behavior_pipeline.downstream.probes import PROBES, Normalizer, ProbeName, fit_probes
-from behavior_pipeline.downstream.representations import Block, Blocks
 
 RNG = np.random.default_rng(0)
 SEPARABLE = RNG.normal(size=(400, 5))
