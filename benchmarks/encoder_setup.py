@@ -21,7 +21,7 @@ from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfi
 from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.optimizer import Optimizer
-from behavior_pipeline.encoder.parallel import Model, Processes, Reducer
+from behavior_pipeline.encoder.parallel import Model, Processes, Reducer, compile_passes
 from behavior_pipeline.encoder.sequence_files import sequence_files, survey
 
 PASSES = 3  # a backward pass costs two forward passes
@@ -39,8 +39,7 @@ class Training:
         model = Model(self.encoder, objectives, is_parallel=processes.is_parallel)
         self.optimizer = Optimizer(model, bench.config)
         if bench.config.compile:
-            for part in self.encoder.blocks if processes.is_parallel else [objectives]:
-                part.compile()
+            compile_passes(model)
         model.train()
         self.reducer = Reducer(model, processes)
         self.is_mixed = bench.config.precision == "autocast"

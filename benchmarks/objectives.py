@@ -275,25 +275,35 @@ def parse_weights(text: str) -> tuple[str, ObjectiveWeights]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="what objectives_data.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("objectives"), help="finished results")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0,1,2")
+    add_options(parser, "objectives")
     parser.add_argument("--only", type=names, default=[], help="rows, such as masked,default,rfm")
     parser.add_argument(
         "--weights", action="append", default=[], metavar="NAME:OBJECTIVE=WEIGHT,...",
         help="a further variant",
     )  # fmt: skip
+    parser.add_argument("--max-users", type=int, default=20_000, help="probes' users at the most")
+    return parser.parse_args(arguments)
+
+
+def add_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add what every command has that trains variants of the encoder.
+
+    Args:
+        parser: gets the options.
+        folder: where finished results are kept unless told otherwise.
+    """
+    parser.add_argument("--data", type=Path, required=True, help="what objectives_data.py wrote")
+    parser.add_argument("--out", type=Path, default=Path(folder), help="finished results")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0,1,2")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--steps", type=int, help="of each training; default the preset's")
     parser.add_argument("--batch-tokens", type=int, help="default the preset's")
-    parser.add_argument("--max-users", type=int, default=20_000, help="probes' users at the most")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--finished", action="store_true", help="measure nothing, show what is there"
     )
-    return parser.parse_args(arguments)
 
 
 def numbers(text: str) -> list[int]:

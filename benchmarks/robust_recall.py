@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,13 +31,12 @@ from next_events import (
     recalls,
     windows_from,
 )
-from objectives import ALL_PASSES, kind_of_device, numbers, tell_steps
+from objectives import ALL_PASSES, add_options, kind_of_device, tell_steps
 from quality_data import ALL_USERS, Prepared
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import read_vocabulary_facts
 from behavior_pipeline.encoder.configuration import (
-    PRESETS,
     EncoderConfig,
     ObjectiveWeights,
     TrainingConfig,
@@ -233,23 +230,12 @@ def sizes(bench: Bench) -> dict[str, int]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="what objectives_data.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("robust_recall"), help="finished results")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0,1,2")
+    add_options(parser, "robust_recall")
     parser.add_argument("--shares", type=decimals, default=[0.05, 0.07, 0.1], help="robust_share")
     parser.add_argument("--level", type=float, help="robust_level; default the configuration's")
     parser.add_argument("--tail-power", type=float, help="robust_tail_power; default likewise")
     parser.add_argument(
         "--objectives", choices=tuple(WEIGHTS), default="next", help="next alone, or all defaults"
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--steps", type=int, help="of each training; default the preset's")
-    parser.add_argument("--batch-tokens", type=int, help="default the preset's")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--finished", action="store_true", help="measure nothing, show what is there"
     )
     return parser.parse_args(arguments)
 

@@ -34,7 +34,12 @@ from behavior_pipeline.embeddings.states import (
     state_schema,
     states_table,
 )
-from behavior_pipeline.encoder.checkpoints import Checkpoint, load_checkpoint
+from behavior_pipeline.encoder.checkpoints import (
+    Checkpoint,
+    check_no_reserved_user,
+    check_vocabulary,
+    load_checkpoint,
+)
 from behavior_pipeline.encoder.inference import encode_table, read_out
 from behavior_pipeline.encoder.sequence_files import read_table
 from behavior_pipeline.encoder.vector_tables import embeddings_table
@@ -239,23 +244,14 @@ def _check_checkpoint(night: _Night) -> None:
 def _check_sequences(sequences: pa.Table, path: Path, night: _Night) -> None:
     """Refuse sequences under another vocabulary, or as of another cutoff, or of a reserved user."""
     checkpoint = night.checkpoint
-    if pc.any(pc.not_equal(sequences["vocabulary_id"], checkpoint.vocabulary_id)).as_py():
-        raise PipelineError(
-            f"{path.name} was tokenized under another vocabulary than that of the checkpoint "
-            f"{checkpoint.checkpoint_id}, which is {checkpoint.vocabulary_id}.",
-            "Tokenize with the vocabulary that is kept in the checkpoint's folder.",
-        )
+    check_vocabulary(sequences, path, checkpoint)
     cutoff = pa.scalar(night.cutoff, SEQUENCES.schema.field("observation_cutoff").type)
     if pc.any(pc.not_equal(sequences["observation_cutoff"], cutoff)).as_py():
         raise PipelineError(
             f"{path.name} was not tokenized as of the cutoff {night.cutoff:%Y-%m-%d}.",
             "Tokenize that cutoff first.",
         )
-    if pc.index(sequences["user_id"], COLD_START_USER).as_py() >= 0:
-        raise PipelineError(
-            f"{path.name} has a user '{COLD_START_USER}'; that id is reserved.",
-            "Give this user another id in the source.",
-        )
+    check_no_reserved_user(sequences, path)
 
 
 def _known_states(folder: Path | None, bucket: str, night: _Night) -> KnownStates:

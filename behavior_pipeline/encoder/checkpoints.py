@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import load, save
 
-from behavior_pipeline.contracts import TOKEN_FIELDS
+from behavior_pipeline.contracts import COLD_START_USER, TOKEN_FIELDS
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.model_card import model_card
@@ -109,6 +111,33 @@ def write_untrained(
     return save_checkpoint(
         encoder, vocabulary_folder, checkpoints_folder, facts.trained_through, about
     )
+
+
+def check_vocabulary(sequences: pa.Table, path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse sequences that were tokenized under another vocabulary than the checkpoint's.
+
+    Raises:
+        PipelineError: naming the file.
+    """
+    if pc.any(pc.not_equal(sequences["vocabulary_id"], checkpoint.vocabulary_id)).as_py():
+        raise PipelineError(
+            f"{path.name} was tokenized under another vocabulary than that of the checkpoint "
+            f"{checkpoint.checkpoint_id}, which is {checkpoint.vocabulary_id}.",
+            "Tokenize with the vocabulary that is kept in the checkpoint's folder.",
+        )
+
+
+def check_no_reserved_user(sequences: pa.Table, path: Path) -> None:
+    """Refuse sequences of a user with the id under which the prior is published.
+
+    Raises:
+        PipelineError: naming the file.
+    """
+    if pc.index(sequences["user_id"], COLD_START_USER).as_py() >= 0:
+        raise PipelineError(
+            f"{path.name} has a user '{COLD_START_USER}'; that id is reserved.",
+            "Give this user another id in the source.",
+        )
 
 
 def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:

@@ -14,6 +14,9 @@ PRESETS: Final = ("tiny", "small", "base")
 OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
 ATTENTIONS: Final = ("auto", "blocks", "varlen", "flex")
+GPU_ATTENTION: Final = "varlen"
+"""What attends inside runs on a GPU where nothing else was asked for. Not yet our own kernels: they
+are compiled and tested in Triton's interpreter, but have not run on a GPU."""
 MODEL_TYPE: Final = "behavior-encoder"
 """What config.json calls the model, so that other programs know which class reads it."""
 NORMS: Final = ("rms", "layer")
@@ -274,21 +277,12 @@ class TrainingConfig:
             self,
             precision=precision or self.precision,
             compile=is_gpu if self.compile is None else self.compile,
-            attention=gpu_attention() if is_gpu and self.attention == "auto" else self.attention,
+            attention=GPU_ATTENTION if is_gpu and self.attention == "auto" else self.attention,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
-
-
-def gpu_attention() -> str:
-    """Return what attends inside runs on a GPU where nothing else was asked for.
-
-    Not yet our own kernels: they are compiled and tested in Triton's interpreter, but have not run
-    on a GPU.
-    """
-    return "varlen"
 
 
 def _check_preset(name: str) -> None:

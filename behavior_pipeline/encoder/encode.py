@@ -23,10 +23,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from behavior_pipeline.contracts import COLD_START_USER, embedding_schema, state_schema
+from behavior_pipeline.contracts import embedding_schema, state_schema
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import BATCH_TOKENS, CHUNK_USERS
-from behavior_pipeline.encoder.checkpoints import Checkpoint, load_checkpoint
+from behavior_pipeline.encoder.checkpoints import (
+    Checkpoint,
+    check_no_reserved_user,
+    check_vocabulary,
+    load_checkpoint,
+)
 from behavior_pipeline.encoder.inference import encode_table, fast_copy, read_out
 from behavior_pipeline.encoder.packing import PACKED_TOKENS
 from behavior_pipeline.encoder.sequence_files import read_table, sequence_files
@@ -270,12 +275,7 @@ def _encode_chunk(sequences: pa.Table, path: Path, work: _Work) -> tuple[pa.Tabl
 def _check(sequences: pa.Table, path: Path, work: _Work) -> None:
     """Refuse sequences of another vocabulary, before the end of training, or of a reserved id."""
     checkpoint = work.checkpoint
-    if pc.any(pc.not_equal(sequences["vocabulary_id"], checkpoint.vocabulary_id)).as_py():
-        raise PipelineError(
-            f"{path.name} was tokenized under another vocabulary than that of the checkpoint "
-            f"{checkpoint.checkpoint_id}, which is {checkpoint.vocabulary_id}.",
-            "Tokenize with the vocabulary that is kept in the checkpoint's folder.",
-        )
+    check_vocabulary(sequences, path, checkpoint)
     cutoffs = sequences["observation_cutoff"]
     through = pa.scalar(checkpoint.trained_through, cutoffs.type)
     if pc.any(pc.less(cutoffs, through)).as_py():
@@ -285,11 +285,7 @@ def _check(sequences: pa.Table, path: Path, work: _Work) -> None:
             "would leak.",
             "Use a checkpoint that was trained through an earlier time, or a later cutoff.",
         )
-    if pc.index(sequences["user_id"], COLD_START_USER).as_py() >= 0:
-        raise PipelineError(
-            f"{path.name} has a user '{COLD_START_USER}'; that id is reserved.",
-            "Give this user another id in the source.",
-        )
+    check_no_reserved_user(sequences, path)
 
 
 class _Progress:

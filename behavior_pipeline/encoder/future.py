@@ -119,6 +119,27 @@ def _expand(begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
     return rows, np.arange(counts.sum()) - np.repeat(first - begins, counts)
 
 
+def window_heads(width: int, sizes: Mapping[str, int]) -> nn.ModuleDict:
+    """Return a linear head a field, from D to the logits of rare targets; none for a size of 0."""
+    heads = {field: Linear(width, size) for field, size in sizes.items() if size > 0}
+    for head in heads.values():
+        nn.init.constant_(head.bias, _RARE_LOGIT)
+        nn.init.normal_(head.weight, std=_HEAD_SPREAD)
+    return nn.ModuleDict(heads)
+
+
+@torch.no_grad()
+def start_at_rates(heads: nn.ModuleDict, rates: Mapping[str, Tensor]) -> None:
+    """Make heads predict how often each target occurs; `rates` are in (0, 1), by field.
+
+    A few hundred steps cannot move a bias far: what it lacks the state would have to give.
+    """
+    for field, head in heads.items():
+        assert isinstance(head, nn.Linear)  # noqa: S101 - built so
+        if field in rates:
+            head.bias.copy_(torch.logit(rates[field]).flatten())
+
+
 class FutureWindow(nn.Module):
     """Which values of each field occur within each horizon of a cutoff.
 
@@ -135,24 +156,16 @@ class FutureWindow(nn.Module):
     def __init__(self, width: int, sizes: Mapping[str, int], num_horizons: int) -> None:
         super().__init__()
         self.num_horizons = num_horizons
-        self.heads = nn.ModuleDict(
-            {field: Linear(width, num_horizons * size) for field, size in sizes.items() if size > 0}
+        self.heads = window_heads(
+            width, {field: num_horizons * size for field, size in sizes.items()}
         )
-        for head in self.heads.values():
-            assert isinstance(head, nn.Linear)  # noqa: S101 - built so
-            nn.init.constant_(head.bias, _RARE_LOGIT)
-            nn.init.normal_(head.weight, std=_HEAD_SPREAD)
 
-    @torch.no_grad()
     def start_from(self, rates: Mapping[str, Tensor]) -> None:
         """Start the heads at how often each target occurs; `rates` are (H, V') in (0, 1) a field.
 
-        A few hundred steps cannot move a bias far: what it lacks the state would have to give.
+        See `start_at_rates`.
         """
-        for field, head in self.heads.items():
-            assert isinstance(head, nn.Linear)  # noqa: S101 - built so
-            if field in rates:
-                head.bias.copy_(torch.logit(rates[field]).flatten())
+        start_at_rates(self.heads, rates)
 
     def logits(self, hidden: Tensor) -> dict[str, Tensor]:
         """Return the logits (N, H, V') float32 per field of vectors (N, D)."""

@@ -22,7 +22,12 @@ from behavior_pipeline.encoder.cutoffs import window_sizes
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES
 from behavior_pipeline.encoder.dro import RobustLoss, identity
 from behavior_pipeline.encoder.embedder import FieldEmbedding
-from behavior_pipeline.encoder.future import FutureWindow, WindowAlignment
+from behavior_pipeline.encoder.future import (
+    FutureWindow,
+    WindowAlignment,
+    start_at_rates,
+    window_heads,
+)
 from behavior_pipeline.encoder.layers import Linear
 from behavior_pipeline.encoder.losses import FieldPrediction, mean_over_targets
 from behavior_pipeline.encoder.training_batches import (
@@ -37,8 +42,6 @@ __all__ = [
 ]  # fmt: skip
 
 _TIME_WEIGHT: Final = 0.5
-_RARE_LOGIT: Final = -4.0  # a window target is rare: where its head starts without a known rate
-_HEAD_SPREAD: Final = 1e-3  # of a window head's first weights: it starts at its biases
 
 
 class EventPrediction(nn.Module):
@@ -173,24 +176,14 @@ class Silence(nn.Module):
         width = encoder.embedding_width
         self.next_time = Linear(width, len(NEXT_TIME_SHARES) + 1)
         sizes = window_sizes(encoder.config, config)
-        self.window = nn.ModuleDict(
-            {field: Linear(width, size) for field, size in sizes.items() if size > 0}
-        )
-        for head in self.window.values():
-            assert isinstance(head, nn.Linear)  # noqa: S101 - built so
-            nn.init.constant_(head.bias, _RARE_LOGIT)
-            nn.init.normal_(head.weight, std=_HEAD_SPREAD)
+        self.window = window_heads(width, sizes)
 
-    @torch.no_grad()
     def start_from(self, rates: Mapping[str, Tensor]) -> None:
         """Make the window heads predict how often each target occurs; `rates` are (V',) per field.
 
-        A few hundred steps cannot move a bias far: what it lacks the embedding would have to give.
+        See `start_at_rates`.
         """
-        for field, head in self.window.items():
-            assert isinstance(head, nn.Linear)  # noqa: S101 - built so
-            if field in rates:
-                head.bias.copy_(torch.logit(rates[field]))
+        start_at_rates(self.window, rates)
 
     def forward(self, embedding: Tensor, cut: CutLabels, typical_users: Tensor) -> Tensor:
         """Return the loss of embeddings (U, D) at a cutoff, over the users of an average batch."""

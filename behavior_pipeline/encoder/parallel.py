@@ -163,6 +163,17 @@ class Model(nn.Module):
         return losses
 
 
+def compile_passes(model: Model) -> None:
+    """Compile all of a pass; with several processes block by block.
+
+    A pass that is compiled as a whole hands over all its gradients at its end, when there is
+    nothing left to do while they are summed.
+    """
+    parts = model.encoder.blocks if model.is_parallel else [model.objectives]
+    for part in parts:  # type: ignore[union-attr]
+        part.compile()
+
+
 class Reducer:
     """Runs a model's backward passes and leaves the gradients of the global batch behind.
 

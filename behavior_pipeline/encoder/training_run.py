@@ -26,6 +26,7 @@ from behavior_pipeline.encoder.parallel import (
     Model,
     Processes,
     Reducer,
+    compile_passes,
     seed_for,
 )
 from behavior_pipeline.encoder.prefetch import made_ahead
@@ -119,7 +120,8 @@ class TrainingRun:
         state = state_file.read()
         if state is not None:
             self._load(state)
-        self._compile()
+        if self.config.compile:
+            compile_passes(self.model)
         reducer = Reducer(self.model, self.processes)
         began = time.perf_counter() - self.seconds
         with closing(self._micro_batches()) as batches:
@@ -132,17 +134,6 @@ class TrainingRun:
                     self._save(state_file)
         self.best.put_into(self.encoder)
         self.encoder.eval()
-
-    def _compile(self) -> None:
-        """Compile all of a pass; with several processes block by block.
-
-        A pass that is compiled as a whole hands over all its gradients at its end, when there is
-        nothing left to do while they are summed.
-        """
-        if self.config.compile:
-            parts = self.encoder.blocks if self.processes.is_parallel else [self.objectives]
-            for part in parts:
-                part.compile()
 
     def _micro_batches(self) -> Generator[MicroBatch]:
         """Yield this process's micro-batches from where the steps are, made ahead by a thread."""

@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from encoder_builders import CUTOFF, SIZES, Folders, random_rows, sequences_table, write_folders
+from encoder_builders import (
+    ALONE,
+    CUTOFF,
+    SIZES,
+    Folders,
+    random_rows,
+    sequences_table,
+    write_folders,
+)
 
 from behavior_pipeline.contracts import COLD_START_USER, embedding_schema, state_schema
 from behavior_pipeline.encoder.architecture import Encoder
@@ -170,26 +178,7 @@ def test_the_command_says_what_it_did(folders, checkpoint, tmp_path, capsys):
 
 
 def test_it_encodes_alone_without_the_pipeline_s_other_libraries(folders, checkpoint, tmp_path):
-    program = """
-import sys
-from importlib.util import spec_from_loader
-
-class Absent:
-    others = {"pandas", "polars", "duckdb", "pydantic", "sklearn", "rich", "dagster", "feast"}
-
-    def find_spec(self, name, path=None, target=None):
-        return spec_from_loader(name, self) if name in self.others else None
-
-    def create_module(self, spec):
-        raise ModuleNotFoundError(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-sys.meta_path.insert(0, Absent())
-from behavior_pipeline.encoder.encode import main
-main()
-"""
+    program = f"{ALONE}from behavior_pipeline.encoder.encode import main\nmain()\n"
     done = run(program, folders, checkpoint, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "embeddings").iterdir())) == NUM_FILES

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_builders import CUTOFF, random_rows, user_row, write_folders
+from encoder_builders import ALONE, CUTOFF, random_rows, user_row, write_folders
 
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
 from behavior_pipeline.encoder.configuration import EncoderConfig, ObjectiveWeights, TrainingConfig
@@ -180,26 +180,7 @@ def test_an_unknown_preset_is_refused():
 
 def test_it_trains_alone_without_the_pipeline_s_other_libraries(tmp_path):
     folders = write_folders(tmp_path, random_rows(20))
-    program = """
-import sys
-from importlib.util import spec_from_loader
-
-class Absent:
-    others = {"pandas", "polars", "duckdb", "pydantic", "sklearn", "rich", "dagster", "feast"}
-
-    def find_spec(self, name, path=None, target=None):
-        return spec_from_loader(name, self) if name in self.others else None
-
-    def create_module(self, spec):
-        raise ModuleNotFoundError(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-sys.meta_path.insert(0, Absent())
-from behavior_pipeline.encoder.train import main
-main()
-"""
+    program = f"{ALONE}from behavior_pipeline.encoder.train import main\nmain()\n"
     arguments = ["--sequences", folders.sequences, "--vocabulary", folders.vocabulary]
     arguments += ["--out", folders.checkpoints, "--preset", "tiny", "--max-steps", "2"]
     done = subprocess.run(
