@@ -14,7 +14,7 @@ PRESETS: Final = ("tiny", "small", "base")
 OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
 ATTENTIONS: Final = ("auto", "blocks", "varlen", "flex")
-GPU_ATTENTION: Final = "varlen"
+GPU_ATTENTION: Final = "blocks"
 """What attends inside runs on a GPU where nothing else was asked for. Not yet our own kernels: they
 are compiled and tested in Triton's interpreter, but have not run on a GPU."""
 MODEL_TYPE: Final = "behavior-encoder"
