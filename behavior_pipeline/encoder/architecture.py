@@ -145,7 +145,7 @@ class Encoder(nn.Module):
             amount_ids: see item_ids.
             hour_ids: see item_ids.
             silence_days: days from the last event to the cutoff, (B,); default 0.
-            before: what came before these events, (B, 3) as in `history_scalars`; default nothing.
+            before: what came before these events, as in `history_scalars`; default nothing.
 
         Returns:
             `embedding` (B, D), `state` (B, S), and `hidden` (B, T, D) of the causal pass.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from behavior_pipeline.contracts import PAD_ID
 from behavior_pipeline.encoder.configuration import EncoderConfig
-from behavior_pipeline.encoder.history import Prefixes, elapsed_days, padded_prefixes
+from behavior_pipeline.encoder.history import BEFORE, Prefixes, elapsed_days, padded_prefixes
 from behavior_pipeline.encoder.layouts import PaddedLayout, padded_length
 from behavior_pipeline.encoder.packing import Tokens
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable, read_in_order
@@ -37,8 +37,7 @@ class EventBatch:
         gap_days: days since the event before, (B, T) float32; 0 where there is no event.
         lengths: events of each user, (B,) int64.
         silence_days: days from each last event to the cutoff, (B,) float32.
-        before: what came before the first event that is read, (B, 3) float32: number of events,
-            days since the very first event, number of visits.
+        before: what came before the first event that is read, (B, len(BEFORE)) float32.
         users: which user each row is, as its place in what was read; rows after the last of them
             are filling.
     """
@@ -68,7 +67,7 @@ class EventBatch:
             gap_days=torch.where(is_event, gap_days.float(), 0.0),
             lengths=is_event.sum(1),
             silence_days=nothing if silence_days is None else silence_days.float(),
-            before=gap_days.new_zeros(batch, 3) if before is None else before.float(),
+            before=gap_days.new_zeros(batch, len(BEFORE)) if before is None else before.float(),
             users=np.arange(batch),
         )
 
@@ -143,7 +142,7 @@ def pad(
             padded[: len(users)] = np.where(is_event, flat[source], 0)
         return torch.from_numpy(padded)
 
-    before = np.zeros((rows, 3), np.float32)
+    before = np.zeros((rows, len(BEFORE)), np.float32)
     before[: len(users)] = table.before(users, starts)
     all_lengths = np.zeros(rows, np.int64)
     all_lengths[: len(users)] = lengths

@@ -15,8 +15,7 @@ OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
 ATTENTIONS: Final = ("auto", "blocks", "varlen", "flex")
 GPU_ATTENTION: Final = "blocks"
-"""What attends inside runs on a GPU where nothing else was asked for. Not yet our own kernels: they
-are compiled and tested in Triton's interpreter, but have not run on a GPU."""
+"""What attends inside runs on a GPU where nothing else was asked for: our own kernels."""
 MODEL_TYPE: Final = "behavior-encoder"
 """What config.json calls the model, so that other programs know which class reads it."""
 NORMS: Final = ("rms", "layer")

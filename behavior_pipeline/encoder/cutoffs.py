@@ -28,6 +28,7 @@ from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cuts import NEXT_TIME_SHARES, CutoffPlan, Cuts, plan_cutoffs
 from behavior_pipeline.encoder.future import future_labels, scaled_horizons
+from behavior_pipeline.encoder.history import BEFORE
 from behavior_pipeline.encoder.layouts import ARRANGED_IN, PackedLayout
 from behavior_pipeline.encoder.masking import MaskedEvents, masked_events
 from behavior_pipeline.encoder.masking_levels import Masking, hide_events
@@ -264,7 +265,7 @@ class BatchMaker:
         lengths = np.zeros((2 * size, len(drawn.cuts)), np.int64)
         lengths[:count] = np.stack([_known(cut, first) for cut in reversed(drawn.cuts)], axis=1)
         lengths[size : size + count] = drawn.following[:, None]
-        before = np.zeros((2 * size, 3), np.float32)
+        before = np.zeros((2 * size, len(BEFORE)), np.float32)
         before[:count] = drawn.table.before(drawn.users, first)
         return lengths, before
 

@@ -17,6 +17,9 @@ from torch import Tensor
 VISIT_GAP_DAYS: Final = 0.5
 """An event after a longer gap begins a visit: roughly a day on which the user came."""
 
+DECAY_DAYS: Final = (7.0, 30.0, 90.0, 365.0)
+"""Decay times of counts of visits: a visit counts exp(-days since it / decay time)."""
+
 HISTORY_SCALARS: Final = (
     "num_events",
     "tenure",
@@ -24,23 +27,60 @@ HISTORY_SCALARS: Final = (
     "visit_interval",
     "events_a_visit",
     "last_visit_gap",
-    "recent_visits_30",
-    "recent_visits_90",
-    "recent_visits_180",
-    "recent_events_30",
-    "recent_events_90",
+    "longest_visit_gap",
+    "visits_7",
+    "visits_30",
+    "visits_90",
+    "visits_365",
+    "typical_visit_gap",
+    "visit_gap_spread",
 )
-"""What each of the K columns of `history_scalars` tells, each as log(1 + x) / 3; days or counts."""
+"""What each of the K columns of `history_scalars` tells: log(1 + x) / 3 of days or counts, those of
+`visits_*` decayed as of the last event; the last two are a third of the mean of log(1 + gap) over
+the gaps in days between visits, and the standard deviation of the same logarithms."""
 
-SILENCE_SCALARS: Final = ("silence", "overdue", "fresh_7", "fresh_30", "fresh_90")
-"""What each column of `silence_scalars` tells: log(1 + days) / 3; the log of silence over the
-user's own interval between visits; exp(-days / 7), exp(-days / 30), exp(-days / 90)."""
+SILENCE_SCALARS: Final = (
+    "silence",
+    "overdue",
+    "overdue_typical",
+    "overdue_longest",
+    "fresh_7",
+    "fresh_30",
+    "fresh_90",
+    "visits_now_7",
+    "visits_now_30",
+    "visits_now_90",
+    "visits_now_365",
+)
+"""What each column of `silence_scalars` tells: log(1 + days) / 3; a third of the log of silence
+over the user's own interval between visits, over their typical and over their longest gap;
+exp(-days / 7), exp(-days / 30), exp(-days / 90); and the decayed visits as of the cutoff."""
 
-_RECENT_VISIT_DAYS: Final = (30.0, 90.0, 180.0)
-_RECENT_EVENT_DAYS: Final = (30.0, 90.0)
+BEFORE: Final = (
+    "num_events",
+    "days",
+    "num_visits",
+    "num_gaps",
+    "log_gaps",
+    "squared_log_gaps",
+    "longest_gap",
+    *(f"visits_{days:g}" for days in DECAY_DAYS),
+)
+"""What is told of the events before those that are read: their number, the days from the very first
+event to the first that is read, visits; number, sum and sum of squares of log(1 + gap) and longest
+of the gaps between visits, in days; visits decayed as of the first event that is read."""
+
 _FRESHNESS_DAYS: Final = (7.0, 30.0, 90.0)
 _SCALE: Final = 3.0
+_GAPS: Final = slice(BEFORE.index("num_gaps"), BEFORE.index("longest_gap"))
+_LONGEST: Final = BEFORE.index("longest_gap")
+_DECAYED: Final = slice(BEFORE.index("visits_7"), None)
 _INTERVAL: Final = HISTORY_SCALARS.index("visit_interval")
+_LONGEST_GAP: Final = HISTORY_SCALARS.index("longest_visit_gap")
+_TYPICAL_GAP: Final = HISTORY_SCALARS.index("typical_visit_gap")
+_VISITS: Final = slice(
+    HISTORY_SCALARS.index("visits_7"), HISTORY_SCALARS.index("typical_visit_gap")
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +94,7 @@ class Prefixes:
         elapsed_days: days since the run's first event, (N,) float64.
         starts: each run's first token, (R,) int64; any token for an empty run.
         lengths: events of each run known at each cutoff, (R, C) int64, rising along C.
-        before: what came before each run's first event, (R, 3) float32: number of events, days
-            since the very first event, number of visits.
+        before: what came before each run's first event, (R, len(BEFORE)) float32.
     """
 
     rows: Tensor
@@ -117,14 +156,12 @@ def history_at(prefixes: Prefixes) -> Tensor:
     """
     lengths = prefixes.of_tokens(prefixes.lengths)
     known = prefixes.places[:, None] < lengths
-    ago = (prefixes.of_tokens(prefixes.last_elapsed()) - prefixes.elapsed_days[:, None]).clamp(0.0)
     is_visit = known & _starts_visit(prefixes)[:, None]
-    flags = [is_visit, *[is_visit & (ago <= days) for days in _RECENT_VISIT_DAYS]]
-    flags += [known & (ago <= days) for days in _RECENT_EVENT_DAYS]
-    visits, *recent = prefixes.sum_by_run(torch.stack(flags, dim=-1).float()).unbind(-1)
-    num_events = prefixes.before[:, :1] + prefixes.lengths
-    num_visits = prefixes.before[:, 2:] + visits
-    tenure = prefixes.before[:, 1:2] + prefixes.last_elapsed()
+    before = prefixes.before
+    num_events = before[:, :1] + prefixes.lengths
+    num_visits = before[:, 2:3] + prefixes.sum_by_run(is_visit.float())
+    tenure = before[:, 1:2] + prefixes.last_elapsed()
+    is_gap = known & (prefixes.gap_days >= VISIT_GAP_DAYS)[:, None]
     columns = [
         num_events,
         tenure,
@@ -132,9 +169,54 @@ def history_at(prefixes: Prefixes) -> Tensor:
         tenure / (num_visits - 1).clamp(min=1),
         num_events / num_visits.clamp(min=1),
         _last_visit_gap(prefixes, is_visit),
-        *recent,
+        _longest_gap(prefixes, is_gap),
+        *_decayed_visits(prefixes, is_visit).unbind(-1),
     ]
-    return torch.stack([column.float().log1p() / _SCALE for column in columns], dim=-1)
+    logs = torch.stack([column.float().log1p() / _SCALE for column in columns], dim=-1)
+    return torch.cat((logs, _regularity(prefixes, is_gap)), dim=-1)
+
+
+def _decayed_visits(prefixes: Prefixes, is_visit: Tensor) -> Tensor:
+    """Count visits (N, C), each by its age at the last event known, (R, C, len(DECAY_DAYS))."""
+    days = prefixes.before.new_tensor(DECAY_DAYS)
+    last = prefixes.last_elapsed()
+    ago = (prefixes.of_tokens(last) - prefixes.elapsed_days[:, None]).clamp(min=0.0)
+    weights = torch.exp(-ago[..., None].float() / days) * is_visit[..., None]
+    older = prefixes.before[:, None, _DECAYED] * torch.exp(-last[..., None].float() / days)
+    return older + prefixes.sum_by_run(weights)
+
+
+def _longest_gap(prefixes: Prefixes, is_gap: Tensor) -> Tensor:
+    """Return the longest gap in days between visits known at each cutoff, (R, C); 0 without one.
+
+    Args:
+        prefixes: the runs.
+        is_gap: whose gaps count, (N, C).
+    """
+    longest = torch.cat((prefixes.before, prefixes.before.new_zeros(1, len(BEFORE))))
+    gaps = torch.where(is_gap, prefixes.gap_days[:, None], 0.0).to(longest.dtype)
+    rows = prefixes.rows[:, None].expand_as(is_gap)
+    found = longest[:, _LONGEST, None].repeat(1, is_gap.shape[1])
+    return found.scatter_reduce(0, rows, gaps, reduce="amax")[:-1]
+
+
+def _regularity(prefixes: Prefixes, is_gap: Tensor) -> Tensor:
+    """Return a third of the mean and the standard deviation of log(1 + gap), (R, C, 2).
+
+    Args:
+        prefixes: the runs.
+        is_gap: whose gaps count, (N, C).
+    """
+    logs = prefixes.gap_days.double().log1p()
+    # Sums of squares in float64: their differences would be noise.
+    moments = torch.stack((torch.ones_like(logs), logs, logs * logs), dim=-1)
+    sums = prefixes.sum_by_run(is_gap[..., None] * moments[:, None])
+    sums = sums + prefixes.before[:, None, _GAPS].double()
+    count = sums[..., 0].clamp(min=1.0)
+    mean = sums[..., 1] / count
+    variance = (sums[..., 2] / count - mean * mean).clamp(min=0.0)
+    spread = torch.where(count > 1, variance, 0.0).sqrt()
+    return torch.stack((mean / _SCALE, spread), dim=-1).float()
 
 
 def history_scalars(gap_days: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
@@ -143,7 +225,7 @@ def history_scalars(gap_days: Tensor, lengths: Tensor, before: Tensor) -> Tensor
     Args:
         gap_days: days since the event before, (B, T), right padded.
         lengths: events that are read, (B,).
-        before: what came before the events that are read, (B, 3), as in `Prefixes`.
+        before: what came before the events that are read, (B, len(BEFORE)), as in `Prefixes`.
 
     Returns:
         (B, K) float32 with the columns of HISTORY_SCALARS; zeros for an empty history.
@@ -171,12 +253,20 @@ def silence_scalars(history: Tensor, silence_days: Tensor) -> Tensor:
     """Relate the silence since the last event, (B,) days, to the history (B, K).
 
     Returns:
-        (B, 5) with the columns of SILENCE_SCALARS.
+        (B, len(SILENCE_SCALARS)) float32.
     """
     interval_days = torch.expm1(history[:, _INTERVAL] * _SCALE)
-    overdue = ((silence_days + 1) / (interval_days + 1)).log() / _SCALE
-    fresh = [torch.exp(-silence_days / days) for days in _FRESHNESS_DAYS]
-    return torch.stack([silence_days.log1p() / _SCALE, overdue, *fresh], dim=1)
+    silence = silence_days.log1p() / _SCALE
+    columns = [
+        silence,
+        ((silence_days + 1) / (interval_days + 1)).log() / _SCALE,
+        silence - history[:, _TYPICAL_GAP],
+        silence - history[:, _LONGEST_GAP],
+        *(torch.exp(-silence_days / days) for days in _FRESHNESS_DAYS),
+    ]
+    decay = torch.exp(-silence_days[:, None] / history.new_tensor(DECAY_DAYS))
+    visits = torch.expm1(history[:, _VISITS] * _SCALE) * decay
+    return torch.cat((torch.stack(columns, dim=1), visits.log1p() / _SCALE), dim=1)
 
 
 def elapsed_days(gap_days: Tensor) -> Tensor:

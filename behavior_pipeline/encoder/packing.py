@@ -16,7 +16,7 @@ from torch import Tensor
 
 from behavior_pipeline.encoder.arrangement import arranged
 from behavior_pipeline.encoder.configuration import EncoderConfig
-from behavior_pipeline.encoder.history import Prefixes
+from behavior_pipeline.encoder.history import BEFORE, Prefixes
 from behavior_pipeline.encoder.layouts import ARRANGED_IN, Layout, PackedLayout
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable
 
@@ -174,7 +174,7 @@ class FlatRuns:
 
         Args:
             lengths: events known at each cutoff, (R, C), R at least the number of runs.
-            before: as in `Prefixes`, (R, 3).
+            before: as in `Prefixes`, (R, len(BEFORE)).
         """
         num_rows = len(lengths)
         starts = np.zeros(num_rows, np.int64)
@@ -338,7 +338,10 @@ def _pack(
     block = ARRANGED_IN.get(kernel, 0)
     flat = FlatRuns.cut(table, tuple(config.field_sizes), starts, kept, num_tokens, block)
     layout = PackedLayout.of([flat.lengths], [num_tokens], num_runs, config.max_events, kernel)
-    lengths, before = np.zeros((num_runs, 1), np.int64), np.zeros((num_runs, 3), np.float32)
+    lengths, before = (
+        np.zeros((num_runs, 1), np.int64),
+        np.zeros((num_runs, len(BEFORE)), np.float32),
+    )
     silence = np.zeros(num_runs, np.float32)
     lengths[: len(users), 0] = kept
     before[: len(users)] = table.before(users, starts)

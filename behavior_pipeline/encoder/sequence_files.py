@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from behavior_pipeline.contracts import SEQUENCES, TOKEN_FIELDS
-from behavior_pipeline.encoder.history import VISIT_GAP_DAYS
+from behavior_pipeline.encoder.history import BEFORE, DECAY_DAYS, VISIT_GAP_DAYS
 from behavior_pipeline.errors import PipelineError
 
 MICROSECONDS_A_DAY: Final = 86_400_000_000
@@ -60,20 +60,41 @@ class SequenceTable:
         return np.diff(self.offsets)
 
     def before(self, users: Ints, starts: Ints) -> NDArray[np.float32]:
-        """Return what came before the flat places `starts` of `users`: (n, 3) events, days, visits.
+        """Return what came before the flat places `starts` of `users`, (n, len(BEFORE)).
 
-        A list that was cut says nothing of the visits before it; they count as one.
+        A list that was cut says nothing of the visits before it; they count as one, of unknown
+        time.
         """
         first, end = self.offsets[users], self.offsets[users + 1]
-        safe = np.minimum(starts, max(len(self.times) - 1, 0))
-        has_event = starts < end
+        if not len(self.times):
+            return np.zeros((len(users), len(BEFORE)), np.float32)
+        safe = np.minimum(starts, len(self.times) - 1)
         num_events = self.num_events[users] - (end - starts)
         is_cut = self.num_events[users] > end - first
-        if not len(self.times):
-            return np.zeros((len(users), 3), np.float32)
         days = (self.times[safe] - self.first_times[users]) / MICROSECONDS_A_DAY
-        columns = (num_events, days, self.visits[safe] + is_cut)
-        return np.where(has_event[:, None], np.stack(columns, 1), 0).astype(np.float32)
+        counts = np.stack((num_events, days, self.visits[safe] + is_cut), 1)
+        columns = np.hstack((counts, self._gaps_before(first, safe), self._decayed(first, safe)))
+        return np.where((starts < end)[:, None], columns, 0).astype(np.float32)
+
+    def _gaps_before(self, first: Ints, starts: Ints) -> NDArray[np.float64]:
+        """Return number, sum and sum of squares of log(1 + gap), and longest, of visits' gaps."""
+        rows, places = _between(first, starts)
+        is_gap = self.gap_days[places] >= VISIT_GAP_DAYS
+        rows, gaps = rows[is_gap], self.gap_days[places[is_gap]].astype(np.float64)
+        logs, longest = np.log1p(gaps), np.zeros(len(first))
+        np.maximum.at(longest, rows, gaps)
+        sums = [np.bincount(rows, each, len(first)) for each in (np.ones(len(logs)), logs, logs**2)]
+        return np.stack((*sums, longest), 1)
+
+    def _decayed(self, first: Ints, starts: Ints) -> NDArray[np.float64]:
+        """Return the visits from places `first` to `starts`, decayed as of the latter."""
+        rows, places = _between(first, starts)
+        is_visit = self.visits[places + 1] > self.visits[places]
+        rows, places = rows[is_visit], places[is_visit]
+        ago = (self.times[starts][rows] - self.times[places]) / MICROSECONDS_A_DAY
+        return np.stack(
+            [np.bincount(rows, np.exp(-ago / days), len(first)) for days in DECAY_DAYS], 1
+        )
 
     def silence_days(self, users: Ints) -> NDArray[np.float32]:
         """Return the days from users' last events to their cutoffs, (n,); 0 without an event."""
@@ -113,6 +134,14 @@ class SequenceTable:
             ids={name: np.concatenate((self.ids[name], other.ids[name])) for name in self.ids},
             **{name: join(name) for name in names},
         )
+
+
+def _between(first: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """Return row and flat place of what lies from each `first` up to each of `ends`, exclusive."""
+    counts = np.maximum(ends - first, 0)
+    rows = np.repeat(np.arange(len(first)), counts)
+    before = np.cumsum(counts) - counts
+    return rows, np.arange(len(rows)) + (first - before)[rows]
 
 
 def read_table(table: pa.Table, origin: str) -> SequenceTable:

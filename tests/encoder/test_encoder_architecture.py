@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from encoder_builders import SIZES
@@ -184,11 +185,16 @@ def test_shapes_that_do_not_agree_are_refused(encoder):
 
 
 def test_history_scalars_by_hand():
-    # Visits on days 0, 2 and 42, two events on the second; 3 events, 10 days, 2 visits before.
+    # Visits on days 0, 2 and 42, two events on the second, after gaps of 1, 2 and 40 days. Before:
+    # 3 events in 10 days, 2 visits with a gap of 5 days, the visits decayed to .5, 1, 1.5 and 2.
     gaps = torch.tensor([[1.0, 2.0, 0.25, 40.0, 0.0]])
-    columns = history_scalars(gaps, torch.tensor([4]), torch.tensor([[3.0, 10.0, 2.0]]))[0]
-    values = dict(zip(HISTORY_SCALARS, torch.expm1(columns * 3).tolist(), strict=True))
-    assert values == pytest.approx(
+    before = [3.0, 10.0, 2.0, 1.0, math.log(6), math.log(6) ** 2, 5.0, 0.5, 1.0, 1.5, 2.0]
+    columns = history_scalars(gaps, torch.tensor([4]), torch.tensor([before]))[0]
+    values = dict(zip(HISTORY_SCALARS, columns.tolist(), strict=True))
+    logs = np.log([2, 3, 41, 6])
+    assert values.pop("typical_visit_gap") == pytest.approx(logs.mean() / 3, rel=1e-5)
+    assert values.pop("visit_gap_spread") == pytest.approx(logs.std(), rel=1e-5)
+    assert {name: math.expm1(3 * value) for name, value in values.items()} == pytest.approx(
         {
             "num_events": 7,
             "tenure": 10 + 42.25,
@@ -196,11 +202,11 @@ def test_history_scalars_by_hand():
             "visit_interval": 52.25 / 4,
             "events_a_visit": 7 / 5,
             "last_visit_gap": 40,
-            "recent_visits_30": 1,
-            "recent_visits_90": 3,
-            "recent_visits_180": 3,
-            "recent_events_30": 1,
-            "recent_events_90": 4,
+            "longest_visit_gap": 40,
+            "visits_7": 1 + math.exp(-40.25 / 7) + 1.5 * math.exp(-42.25 / 7),
+            "visits_30": 1 + math.exp(-40.25 / 30) + 2 * math.exp(-42.25 / 30),
+            "visits_90": 1 + math.exp(-40.25 / 90) + 2.5 * math.exp(-42.25 / 90),
+            "visits_365": 1 + math.exp(-40.25 / 365) + 3 * math.exp(-42.25 / 365),
         },
         rel=1e-4,
     )
@@ -208,14 +214,23 @@ def test_history_scalars_by_hand():
 
 def test_silence_scalars_by_hand():
     history = torch.zeros(1, len(HISTORY_SCALARS))
-    history[0, HISTORY_SCALARS.index("visit_interval")] = math.log1p(9.0) / 3
+    days = {"visit_interval": 9.0, "typical_visit_gap": 4.0, "longest_visit_gap": 61.0}
+    visits = {"visits_7": 1.0, "visits_30": 2.0, "visits_90": 3.0, "visits_365": 4.0}
+    for name, value in (days | visits).items():
+        history[0, HISTORY_SCALARS.index(name)] = math.log1p(value) / 3
     values = silence_scalars(history, torch.tensor([30.0]))[0].tolist()
     expected = [
         math.log(31) / 3,
         math.log(3.1) / 3,
+        math.log(31 / 5) / 3,
+        math.log(0.5) / 3,
         math.exp(-30 / 7),
         math.exp(-1),
         math.exp(-1 / 3),
+        math.log1p(math.exp(-30 / 7)) / 3,
+        math.log1p(2 * math.exp(-1)) / 3,
+        math.log1p(3 * math.exp(-1 / 3)) / 3,
+        math.log1p(4 * math.exp(-30 / 365)) / 3,
     ]
     assert values == pytest.approx(expected, rel=1e-5)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import timedelta
 
@@ -9,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from encoder_builders import CUTOFF, SIZES, STARTED, random_rows, sequences_table, user_row
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import read_batches, table_batches
 from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.history import BEFORE, DECAY_DAYS, history_scalars
 from behavior_pipeline.encoder.inference import encode_files, encode_table, read_out
 from behavior_pipeline.encoder.layouts import padded_length
 from behavior_pipeline.encoder.sequence_files import (
@@ -59,9 +61,31 @@ def test_only_the_newest_events_are_read_and_what_came_before_is_told():
     (batch,) = table_batches(table, replace(SHAPE, max_events=3), batch_tokens=24)
     assert batch.gap_days[0, :3].tolist() == pytest.approx([0.1, 2.9, 4])
     # Three events before: on day 0, which the list does not hold, and on days 2 and 4.
-    assert batch.before[0].tolist() == pytest.approx([3, 4.1, 3])
+    # Only the two listed visits have a gap and a known time: 2.1 and .1 days before day 4.1.
+    decayed = [math.exp(-2.1 / days) + math.exp(-0.1 / days) for days in DECAY_DAYS]
+    gaps = [2, 2 * math.log(3), 2 * math.log(3) ** 2, 2]
+    assert batch.before[0].tolist() == pytest.approx([3, 4.1, 3, *gaps, *decayed], rel=1e-5)
     silence = (CUTOFF - STARTED - timedelta(days=11)) / timedelta(days=1)
     assert batch.silence_days[0].item() == pytest.approx(silence)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    days=st.lists(st.floats(0, 3000), min_size=1, max_size=20, unique=True).map(sorted),
+    num_read=st.integers(1, 20),
+)
+def test_scalars_do_not_depend_on_how_many_events_are_read(days, num_read):
+    table = read_table(sequences_table([user_row("a", days, 1)]), "here")
+    whole = history_scalars(
+        torch.from_numpy(table.gap_days)[None],
+        torch.tensor([len(days)]),
+        torch.zeros(1, len(BEFORE)),
+    )
+    start = max(0, len(days) - num_read)
+    before = torch.from_numpy(table.before(np.array([0]), np.array([start])))
+    gaps = torch.from_numpy(table.gap_days[start:])[None]
+    newest = history_scalars(gaps, torch.tensor([len(days) - start]), before)
+    torch.testing.assert_close(newest, whole, atol=2e-4, rtol=1e-4)
 
 
 def test_states_and_embeddings_stand_in_the_order_of_the_files(encoder, folders):

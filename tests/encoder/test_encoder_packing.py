@@ -18,7 +18,7 @@ from behavior_pipeline.encoder.architecture import CausalPass, Encoder
 from behavior_pipeline.encoder.batches import EventBatch
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import BatchMaker, plan_cutoffs
-from behavior_pipeline.encoder.history import history_at, history_scalars
+from behavior_pipeline.encoder.history import BEFORE, history_at, history_scalars
 from behavior_pipeline.encoder.inference import encode_table
 from behavior_pipeline.encoder.layouts import PackedLayout, Runs
 from behavior_pipeline.encoder.objectives import Objectives
@@ -94,7 +94,7 @@ def test_packed_equals_one_by_one_unpadded(encoder, table, causal, both_ways, ex
 def test_a_packed_pass_pooled_at_cutoffs_is_each_prefix_alone(encoder, table, data, lengths):
     cuts = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 3))) for n in lengths]
     flat, starts = cut(table, lengths, sum(lengths) + 5)
-    before = np.zeros((len(lengths), 3), np.float32)
+    before = np.zeros((len(lengths), len(BEFORE)), np.float32)
     before[:, :] = np.arange(len(lengths))[:, None]
     prefixes = flat.prefixes(np.array(cuts, np.int64), before)
     runs = Runs.of(flat.lengths, len(flat.rows), 15, 32, is_causal=True)
@@ -111,11 +111,13 @@ def test_a_packed_pass_pooled_at_cutoffs_is_each_prefix_alone(encoder, table, da
 
 def test_histories_at_cutoffs_equal_padded_ones(table):
     flat, starts = cut(table, [20, 0, 9], 40)
-    prefixes = flat.prefixes(np.array([[3, 20], [0, 0], [9, 9]]), np.ones((3, 3), np.float32))
+    prefixes = flat.prefixes(
+        np.array([[3, 20], [0, 0], [9, 9]]), np.ones((3, len(BEFORE)), np.float32)
+    )
     scalars = history_at(prefixes)
     for row, column, length in ((0, 0, 3), (0, 1, 20), (2, 1, 9)):
         gaps = torch.from_numpy(table.gap_days[starts[row] : starts[row] + length])[None]
-        expected = history_scalars(gaps, torch.tensor([length]), torch.ones(1, 3))
+        expected = history_scalars(gaps, torch.tensor([length]), torch.ones(1, len(BEFORE)))
         torch.testing.assert_close(scalars[row, column], expected[0])
 
 
