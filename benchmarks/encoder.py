@@ -79,7 +79,8 @@ def infer_over_hf_bf16(bench: Bench) -> Line:
     work_of_bert = partial(embed_by_bert, bert, table, bench)
     theirs = rates(work_of_bert, bench.device, bench.given.seconds, warm_up=1)
     peer = f"Hugging Face BERT, padded to {bench.shape.max_events}, bf16"
-    return figure("infer_over_hf_bf16", ours, peer, theirs, "users/s")
+    line = figure("infer_over_hf_bf16", ours, peer, theirs, "users/s")
+    return {**line, "embedded_users": len(table)}
 
 
 def infer_cpu_over_padded(bench: Bench) -> Line:

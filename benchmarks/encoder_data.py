@@ -56,8 +56,12 @@ def keep_users(sequences: Path, target: Path, min_events: int, max_users: int) -
 
 
 def read_users(folder: Path, max_users: int) -> SequenceTable:
-    """Return some of the users, in the order of the files."""
-    return next(read_in_order(sequence_files(folder), max_users))
+    """Return the first so many users, in the order of the files."""
+    tables = read_in_order(sequence_files(folder), max_users)
+    found = next(tables)
+    while len(found) < max_users and (more := next(tables, None)):
+        found = found.followed_by(more)
+    return found.take(np.arange(min(max_users, len(found))))
 
 
 def describe(folder: Path, max_events: int) -> dict[str, object]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,16 @@ from torch import Tensor
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import BATCH_TOKENS, CHUNK_USERS, table_batches
 from behavior_pipeline.encoder.configuration import GPU_ATTENTION
+from behavior_pipeline.encoder.fetching import Fetching, padded_to
 from behavior_pipeline.encoder.packing import PACKED_TOKENS, packed_batches
 from behavior_pipeline.encoder.prefetch import prefetched
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable, read_in_order
 
-READOUT_USERS = 1024
+READOUT_USERS: Final = 1024
 """Users read out at once; always so many rows, so that no user's numbers depend on the others."""
+
+GPU_READOUT_USERS: Final = 4096
+"""The same on a GPU, which is to be asked for much at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def encode_table(
     """Return the states of a table's users, in its order.
 
     On a CPU a user's state is the same to the last bit whoever else is in the table, on one machine
-    with one number of threads. On a GPU batches are packed and hold PACKED_TOKENS tokens or more.
+    with one number of threads. On a GPU batches are packed and hold PACKED_TOKENS tokens or more;
+    each is made and its states are fetched while the GPU works on others.
 
     Args:
         encoder: stays as it is.
@@ -78,8 +84,10 @@ def encode_table(
         if device.type == "cuda"
         else _padded_states(encoder, table, batch_tokens, device)
     )
+    fetching = Fetching(states)
     for places, rows in users:
-        states[places] = rows.float().cpu().numpy()
+        fetching.add(places, rows)
+    fetching.finish()
     silence = table.silence_days(np.arange(len(table)))
     return UserStates(table.user_ids, states, silence, table)
 
@@ -100,22 +108,13 @@ def _packed_states(
     *,
     is_short: bool,
 ) -> Iterator[tuple[Ints, Tensor]]:
-    """Yield users and their states (n, S) from packed batches.
-
-    Each batch's states are yielded when the next batch is already at work, so that the GPU does
-    not wait while they are fetched.
-    """
-    waiting: tuple[Ints, Tensor] | None = None
+    """Yield users and their states (n, S) from packed batches."""
     is_long = encoder.pooling.mix.weight.dtype == torch.float32
     packed = packed_batches(table, encoder.config, num_tokens, GPU_ATTENTION)
     for batch in prefetched(packed, device):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_short and is_long):
             states = encoder.packed_states(batch)[: len(batch.users)]
-        if waiting is not None:
-            yield waiting
-        waiting = batch.users, states
-    if waiting is not None:
-        yield waiting
+        yield batch.users, states
 
 
 def fast_copy(encoder: Encoder, *, is_compiled: bool) -> Encoder:
@@ -141,13 +140,11 @@ def read_out(
     """Return embeddings (n, D) of states (n, S) so many days (n,) after their last events."""
     device = encoder.prior().device
     embeddings = np.zeros((len(states), encoder.embedding_width), np.float32)
-    for begin in range(0, len(states), READOUT_USERS):
-        part = slice(begin, begin + READOUT_USERS)
-        filled = torch.zeros(READOUT_USERS, encoder.state_width)
-        silence = torch.zeros(READOUT_USERS)
-        count = len(states[part])
-        filled[:count] = torch.from_numpy(states[part].copy())
-        silence[:count] = torch.from_numpy(silence_days[part].copy())
-        rows = encoder.readout(filled.to(device), silence.to(device))
-        embeddings[part] = rows[:count].float().cpu().numpy()
+    num_rows = GPU_READOUT_USERS if device.type == "cuda" else READOUT_USERS
+    fetching = Fetching(embeddings)
+    for begin in range(0, len(states), num_rows):
+        part = slice(begin, begin + num_rows)
+        given = (padded_to(values[part], num_rows, device) for values in (states, silence_days))
+        fetching.add(part, encoder.readout(*given)[: len(states[part])])
+    fetching.finish()
     return embeddings

@@ -20,8 +20,9 @@ from behavior_pipeline.encoder.history import BEFORE, Prefixes
 from behavior_pipeline.encoder.layouts import ARRANGED_IN, Layout, PackedLayout
 from behavior_pipeline.encoder.sequence_files import Ints, SequenceTable
 
-PACKED_TOKENS: Final = 131_072
-"""Tokens of a packed inference batch on a GPU."""
+PACKED_TOKENS: Final = 65_536
+"""Tokens of a packed inference batch on a GPU: enough to keep it busy for longer than the next
+batch takes to launch, few enough that a table fills its batches and the first is made soon."""
 
 MIN_MEAN_LENGTH: Final = 8
 """Room for runs in a packed inference batch: as many as there would be at this mean length."""
@@ -153,7 +154,7 @@ class FlatRuns:
         missing = num_tokens - len(self.rows)
 
         def fill(values: NDArray[Any], filler: int = 0) -> NDArray[Any]:
-            return np.pad(values, (0, missing), constant_values=filler)
+            return np.concatenate((values, np.full(missing, filler, values.dtype)))
 
         return replace(
             self,
@@ -194,7 +195,7 @@ def tokens_of(parts: Sequence[FlatRuns], layout: Layout) -> Tokens:
     """Lay parts one after another."""
 
     def join(arrays: list[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays))
+        return torch.from_numpy(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
 
     return Tokens(
         {name: join([part.ids[name] for part in parts]) for name in parts[0].ids},
@@ -315,10 +316,11 @@ def packed_batches(
     kept = np.minimum(table.lengths, config.max_events)
     order = np.argsort(-kept, kind="stable")
     num_runs = max(1, num_tokens // MIN_MEAN_LENGTH)
-    room = num_tokens - config.max_events
-    if room < 0:
+    if num_tokens < config.max_events:
         raise ValueError(f"{num_tokens} tokens do not hold {config.max_events} events")
-    count = max(1, -(-int(kept.sum()) // max(room, 1)), -(-len(table) // num_runs))
+    count = max(1, -(-int(kept.sum()) // num_tokens), -(-len(table) // num_runs))
+    while kept[order[::count]].sum() > num_tokens:  # the first batch holds the most
+        count += 1
     for number in range(min(count, len(table))):
         users = order[number::count]
         yield _pack(table, config, users, kept[users], (num_tokens, num_runs), kernel)

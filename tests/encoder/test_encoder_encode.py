@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from encoder_builders import (
 )
 
 from behavior_pipeline.contracts import COLD_START_USER, embedding_schema, state_schema
+from behavior_pipeline.encoder import layouts
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, save_checkpoint
 from behavior_pipeline.encoder.configuration import EncoderConfig
@@ -34,6 +36,7 @@ from behavior_pipeline.encoder.inference import (
     fast_copy,
     read_out,
 )
+from behavior_pipeline.encoder.packing import packed_batches
 from behavior_pipeline.encoder.sequence_files import read_table, sequence_files
 from behavior_pipeline.errors import PipelineError
 
@@ -219,3 +222,30 @@ def test_a_fast_copy_is_short_but_for_the_readout_and_leaves_the_encoder_alone()
     assert {p.dtype for p in copied.blocks.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in copied.readout_layer.parameters()} == {torch.float32}
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+def test_a_packed_pass_is_compiled_once_for_all_batches(monkeypatch):
+    # On a GPU attention is one call of one shape; on a CPU its groups differ between batches.
+    monkeypatch.setattr(
+        layouts.Runs, "attend", lambda _self, query, key, value: query + key + value
+    )
+    torch.manual_seed(0)
+    encoder = fast_copy(Encoder(EncoderConfig.named("tiny", SIZES)), is_compiled=False)
+    table = read_table(sequences_table(random_rows(60)), "here")
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder.packed_states, backend=count, fullgraph=True, dynamic=False)
+    batches = list(packed_batches(table, encoder.config, 256, "blocks"))
+    with torch.inference_mode():
+        for batch in batches:
+            expected = encoder.packed_states(batch)
+            for runs in batch.tokens.layout.parts:
+                object.__setattr__(runs, "groups", ())
+            torch.testing.assert_close(compiled(batch), expected)
+    assert len(batches) > 2
+    assert len(graphs) == 1

@@ -393,6 +393,7 @@ def test_packed_inference_batches_hold_everyone_once_and_agree_with_padded(encod
             seen += batch.users.tolist()
     assert sorted(seen) == list(range(len(table)))
     assert len({batch.tokens.gap_days.shape for batch in batches}) == 1
+    assert len(batches) <= -(-np.minimum(table.lengths, 32).sum() // 256) + 1
 
 
 def test_pooling_of_a_padded_pass_reads_flat_tokens(encoder, table):
