@@ -128,7 +128,7 @@ class Bench:
 
     def aggregates(self) -> tuple[Block, Block]:
         """Return the aggregates at both cutoffs."""
-        before, after = (Block("rfm", cut.aggregates) for cut in self.cuts)
+        before, after = (Block("aggregates", cut.aggregates) for cut in self.cuts)
         return before, after
 
 

@@ -1,6 +1,6 @@
 """Columns that probes read, and random ones as a control; needs numpy, Arrow and scipy alone.
 
-A representation is a tuple of blocks, because the two kinds of columns need different care: RFM is
+A representation is a tuple of blocks, because kinds of columns need different care: RFM is
 heavy-tailed and a handful of columns, a vector is many columns of like scale.
 """
 
@@ -22,11 +22,12 @@ class Block:
     """Columns that are normalized alike.
 
     Attributes:
-        kind: "rfm" for heavy-tailed aggregates, "vector" for dimensions of like scale.
+        kind: "rfm" or "aggregates" for heavy-tailed columns, few or many; "vector" for dimensions
+            of like scale.
         values: (N, F) numbers.
     """
 
-    kind: Literal["rfm", "vector"]
+    kind: Literal["rfm", "aggregates", "vector"]
     values: NDArray[np.float64] | NDArray[np.float32]
 
 

@@ -2,11 +2,11 @@
 
 Both are small and fixed, so that a score speaks of the representation and not of the tuning:
 
-- `logistic_regression` sees RFM through a quantile transform to the normal distribution (RFM is
-  heavy-tailed) and vectors standardized. Beside another block each block is divided by the root of
-  its number of columns, so that three RFM columns weigh as much as a hundred dimensions. RFM alone
-  has C = 1; wherever a vector takes part, C is the one of `PENALTIES` with the lowest mean log loss
-  over the task's targets on a held-out quarter of the training users.
+- `logistic_regression` sees RFM and other aggregates through a quantile transform to the normal
+  distribution (they are heavy-tailed) and vectors standardized. Each kind of block is divided by
+  the root of its number of columns, so that three RFM columns weigh as much as a hundred
+  dimensions, and C is the one of `PENALTIES` with the lowest mean log loss over the task's targets
+  on a held-out quarter of the training users. RFM alone stays undivided and has C = 1.
 - `gradient_boosting` sees the plain columns: 60 histogram trees of 15 leaves, no early stopping.
 
 Every fit runs on one thread, and fits run side by side: results do not depend on the number of
@@ -63,7 +63,7 @@ class Normalizer:
     def fit(self, blocks: Blocks) -> Normalizer:
         """Learn the scale of each block from the training users."""
         self._transformers = [
-            _quantiles(len(block.values)) if block.kind == "rfm" else StandardScaler()
+            StandardScaler() if block.kind == "vector" else _quantiles(len(block.values))
             for block in blocks
         ]
         for transformer, block in zip(self._transformers, blocks, strict=True):
