@@ -61,8 +61,9 @@ class Block(nn.Module):
             turn: cosines and sines of the rotary clock.
             layout: which tokens attend to which.
         """
-        hidden = hidden + self._drop(self._attend(self.attention_norm(hidden), turn, layout))
-        return hidden + self._drop(self.feedforward(self.feedforward_norm(hidden)))
+        mixed = self._attend(self.attention_norm(hidden), turn, layout)
+        hidden = _add(hidden, self._drop(mixed))
+        return _add(hidden, self._drop(self.feedforward(self.feedforward_norm(hidden))))
 
     def _attend(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         split = self.query_key_value(x).view(len(x), 3, self.num_heads, -1)
@@ -260,6 +261,16 @@ class Encoder(nn.Module):
     def set_prior(self, prior: Tensor) -> None:
         """Set the embedding (D,) of a user without history."""
         self.readout_layer.prior.copy_(prior)
+
+
+def _add(hidden: Tensor, update: Tensor) -> Tensor:
+    """Return the sum of hidden states and what a layer adds, (N, D) each, as hidden's type.
+
+    Summed in float32, where kernels of bfloat16 sum anyway: torch.compile leaves that to the kernel
+    of the norm that follows. A plain sum it makes part of the product before, `addmm`, which on a
+    GPU begins with a copy of all hidden states.
+    """
+    return (hidden.float() + update.float()).to(hidden.dtype)
 
 
 def _check_shapes(ids: Mapping[str, Tensor], gap_days: Tensor, event_field: str) -> None:
