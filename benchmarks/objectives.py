@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -201,11 +202,14 @@ def training_config(bench: Bench, name: str, seed: int) -> TrainingConfig:
 
 
 def tell_steps(name: str, seed: int, every: int = 100) -> Report:
-    """Return what says on the error stream how far a training is."""
+    """Return what says on the error stream how far a training is, and after how long."""
+    began = time.perf_counter()
 
     def report(done: int, total: int, message: str) -> None:
         if done % every == 0:
-            print(f"{name}, seed {seed}: {done}/{total} {message}", file=sys.stderr, flush=True)
+            spent = f"{time.perf_counter() - began:.0f} s"
+            told = f"{name}, seed {seed}: {done}/{total} {spent} {message}"
+            print(told, file=sys.stderr, flush=True)
 
     return report
 

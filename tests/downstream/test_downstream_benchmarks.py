@@ -35,6 +35,12 @@ for turn in ("once", "again", "finished"):
 found = {{"duckdb", "polars", "dagster", "feast", "pydantic", "transformers"}} & sys.modules.keys()
 sys.exit(f"loaded {{found}}" if found else 0)
 """
+RUN = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import beat_run
+beat_run.main(sys.argv[1:])
+"""
 ROWS = ["random", "rfm", "aggregates", "default", "mine"]
 
 
@@ -124,3 +130,24 @@ def test_both_commands_run_and_go_on_where_little_is_installed(prepared, tmp_pat
     change = other["macro_recall"][0] / plain["macro_recall"][0] - 1
     assert other["macro_recall_change"] == pytest.approx(change, abs=1e-3)
     assert done.stdout.count("| --- |\n") == 6
+
+
+@pytest.mark.slow
+def test_the_published_run_is_repeated_told_and_drawn(prepared, tmp_path):
+    folder = tmp_path / "run"
+    common = [
+        sys.executable, "-c", RUN, "--data", str(prepared), "--out", str(folder),
+        "--preset", "tiny", "--steps", "6", "--batch-tokens", "512", "--device", "cpu",
+    ]  # fmt: skip
+    picture = tmp_path / "losses.png"
+    told = []
+    for more in ([], ["--finished", "--picture", str(picture)]):
+        done = subprocess.run([*common, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    ours = ("value", "num_steps", "num_events_seen", "num_parameters", "train_total")
+    assert {name: told[0][name] for name in ours} == {name: told[1][name] for name in ours}
+    assert told[0]["num_steps"] == 6
+    assert told[0]["train_total"][1] < told[0]["train_total"][0]
+    assert not any("silence" in name for name in told[0])
+    assert picture.read_bytes().startswith(b"\x89PNG")
