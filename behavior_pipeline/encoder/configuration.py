@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any, Final
 
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
@@ -14,8 +15,6 @@ PRESETS: Final = ("tiny", "small", "base")
 OPTIMIZERS: Final = ("muon", "adamw")
 PRECISIONS: Final = ("auto", "float32", "autocast", "bfloat16")
 ATTENTIONS: Final = ("auto", "blocks", "varlen", "flex")
-GPU_ATTENTION: Final = "blocks"
-"""What attends inside runs on a GPU where nothing else was asked for: our own kernels."""
 MODEL_TYPE: Final = "behavior-encoder"
 """What config.json calls the model, so that other programs know which class reads it."""
 NORMS: Final = ("rms", "layer")
@@ -276,12 +275,17 @@ class TrainingConfig:
             self,
             precision=precision or self.precision,
             compile=is_gpu if self.compile is None else self.compile,
-            attention=GPU_ATTENTION if is_gpu and self.attention == "auto" else self.attention,
+            attention=gpu_attention() if is_gpu and self.attention == "auto" else self.attention,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
+
+
+def gpu_attention() -> str:
+    """Return what attends on a GPU where nothing else was asked for: our kernels, given Triton."""
+    return "blocks" if find_spec("triton") else "varlen"
 
 
 def _check_preset(name: str) -> None:

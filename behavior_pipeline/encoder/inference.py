@@ -16,7 +16,7 @@ from torch import Tensor
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.batches import BATCH_TOKENS, CHUNK_USERS, table_batches
-from behavior_pipeline.encoder.configuration import GPU_ATTENTION
+from behavior_pipeline.encoder.configuration import gpu_attention
 from behavior_pipeline.encoder.fetching import Fetching, padded_to
 from behavior_pipeline.encoder.packing import PACKED_TOKENS, packed_batches
 from behavior_pipeline.encoder.prefetch import prefetched
@@ -110,7 +110,7 @@ def _packed_states(
 ) -> Iterator[tuple[Ints, Tensor]]:
     """Yield users and their states (n, S) from packed batches."""
     is_long = encoder.pooling.mix.weight.dtype == torch.float32
-    packed = packed_batches(table, encoder.config, num_tokens, GPU_ATTENTION)
+    packed = packed_batches(table, encoder.config, num_tokens, gpu_attention())
     for batch in prefetched(packed, device):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_short and is_long):
             states = encoder.packed_states(batch)[: len(batch.users)]

@@ -13,6 +13,7 @@ import torch
 from encoder_builders import ALONE, CUTOFF, random_rows, user_row, write_folders
 
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
+from behavior_pipeline.encoder import configuration
 from behavior_pipeline.encoder.configuration import EncoderConfig, ObjectiveWeights, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import future_rates
 from behavior_pipeline.encoder.parallel import Processes
@@ -162,6 +163,14 @@ def test_the_device_decides_precision_and_compiling_unless_told():
     assert (cpu.precision, cpu.compile) == ("float32", False)
     told = tiny(precision="autocast", compile=False).for_device("cuda")
     assert (told.precision, told.compile) == ("autocast", False)
+
+
+@pytest.mark.parametrize(("is_there", "expected"), [(True, "blocks"), (False, "varlen")])
+def test_our_kernels_attend_on_a_gpu_that_has_triton(monkeypatch, is_there, expected):
+    monkeypatch.setattr(configuration, "find_spec", lambda _name: object() if is_there else None)
+    assert tiny().for_device("cuda").attention == expected
+    assert tiny(attention="flex").for_device("cuda").attention == "flex"
+    assert tiny().for_device("cpu").attention == "auto"
 
 
 @pytest.mark.parametrize(
