@@ -12,8 +12,8 @@ import pytest
 import torch
 from encoder_builders import ALONE, CUTOFF, random_rows, user_row, write_folders
 
-from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
 from behavior_pipeline.encoder import configuration
+from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
 from behavior_pipeline.encoder.configuration import EncoderConfig, ObjectiveWeights, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import future_rates
 from behavior_pipeline.encoder.parallel import Processes
