@@ -75,7 +75,8 @@ class Muon:
         for shape, places in self.groups.items():
             stacked = torch.stack([flat[place] for place in places]).float()
             momentum = self.momenta[shape].lerp_(stacked, 1 - MOMENTUM)
-            update = orthogonalise(stacked.lerp(momentum, MOMENTUM)).float()
+            # Laid like the weights: else each is added by a kernel of its own.
+            update = orthogonalise(stacked.lerp(momentum, MOMENTUM)).float().contiguous()
             scale = UPDATE_RMS * max(shape) ** 0.5
             weights = [self.views[place] for place in places]
             torch._foreach_mul_(weights, 1 - rate * decay)

@@ -91,7 +91,9 @@ class Optimizer:
         found = [p.grad for p in self.parameters.values() if p.grad is not None]
         norms = torch._foreach_norm(found, 2, torch.float32)  # noqa: SLF001 - of all at once
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        torch._foreach_mul_(found, (self.config.gradient_norm / (norm + _TINY)).clamp(max=1.0))
+        share = (self.config.gradient_norm / (norm + _TINY)).clamp(max=1.0)
+        # Of the gradients' own type: else each is multiplied by a kernel of its own.
+        torch._foreach_mul_(found, share.to(found[0].dtype))
         return norm
 
     def _step_adamw(self, rate: float) -> None:
