@@ -36,10 +36,10 @@ def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
     return {
         "num_steps": summary.num_steps,
         "num_events_seen": summary.num_events_seen,
-        "events_per_second": summary.events_per_second,
+        "events_per_second": round(summary.events_per_second),
         "best_step": summary.best_step,
-        "seconds": summary.seconds,
-        **{name: last[name] for name in shown if name in last},
+        "seconds": round(summary.seconds, 1),
+        **{name: float(f"{last[name]:.5g}") for name in shown if name in last},
         "checkpoint_id": summary.checkpoint_id,
         "losses": drawing(draw_losses(summary.history), "Losses by step"),
     }
