@@ -8,7 +8,7 @@ Runs where only torch, numpy, pyarrow and safetensors are installed, on a folder
 `objectives_data.py` wrote; the curve is drawn where the whole package is:
 
     python benchmarks/beat_run.py --data DIR --out DIR
-    python benchmarks/beat_run.py --data DIR --out DIR --finished --picture docs/beat-run.png
+    python benchmarks/beat_run.py --data DIR --out DIR --device cuda --finished --picture FILE
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from figures import measured
-from kept_results import KeptResults, Result
-from objectives import ALL_PASSES, VARIANTS, tell_steps
+from kept_results import Result
+from objectives import ALL_PASSES, NEVER, VARIANTS, kept_results, tell_steps
 from quality_data import Prepared
 
 from behavior_pipeline.encoder.configuration import PRESETS, TrainingConfig
@@ -31,7 +31,6 @@ from behavior_pipeline.storage import read_json
 STEPS = 10_350
 STEP_TOKENS = 6_144  # 16 x 256 events, and copies with events hidden of half of the users
 VALIDATIONS = 30
-NEVER = 10**9  # validations or steps: all steps are taken, no state is written
 BEAT_SECONDS = 27 * 60
 
 
@@ -91,9 +90,7 @@ def result(given: argparse.Namespace) -> Result:
     Raises:
         PipelineError: if only a finished run is to be shown and there is none.
     """
-    about = {name: getattr(given, name) for name in ("preset", "steps", "batch_tokens")}
-    about |= Prepared.at(given.data).about
-    kept = KeptResults(given.out, about, is_finished=given.finished)
+    kept = kept_results(given, Prepared.at(given.data))
     found = kept.result("beat", given.seed, lambda: trained(given))
     if found is None:
         raise PipelineError(f"No such run is finished in {given.out}.")

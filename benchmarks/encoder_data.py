@@ -59,7 +59,9 @@ def read_users(folder: Path, max_users: int) -> SequenceTable:
     """Return the first so many users, in the order of the files."""
     tables = read_in_order(sequence_files(folder), max_users)
     found = next(tables)
-    while len(found) < max_users and (more := next(tables, None)):
+    for more in tables:
+        if len(found) >= max_users:
+            break
         found = found.followed_by(more)
     return found.take(np.arange(min(max_users, len(found))))
 

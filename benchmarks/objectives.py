@@ -65,6 +65,7 @@ COMBINED = "aggregates+default"
 SHORT = {"logistic_regression": "lr", "gradient_boosting": "gbm"}
 COLUMNS = ("churn_lr", "churn_gbm", "propensity_lr", "propensity_gbm")
 ALL_PASSES = 1e9  # the number of steps was asked for: passes do not bound it
+NEVER = 10**9  # validations or steps: all steps are taken, no state is written
 PROBE_SEED = 0  # of the probes' held-out quarter: what varies is the encoder
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -82,15 +83,7 @@ class Bench:
         self.given = given
         self.data = Prepared.at(given.data)
         self.variants = dict(VARIANTS, **dict(map(parse_weights, given.weights)))
-        about = {
-            **self.data.about,
-            "preset": given.preset,
-            "steps": given.steps,
-            "batch_tokens": given.batch_tokens,
-            "max_users": given.max_users,
-            "device": kind_of_device(given.device),
-        }
-        self.kept = KeptResults(given.out, about, is_finished=given.finished)
+        self.kept = kept_results(given, self.data, "max_users")
 
     @cached_property
     def device(self) -> torch.device:
@@ -131,6 +124,20 @@ class Bench:
         """Return the aggregates at both cutoffs."""
         before, after = (Block("aggregates", cut.aggregates) for cut in self.cuts)
         return before, after
+
+
+def kept_results(given: argparse.Namespace, data: Prepared, *options: str) -> KeptResults:
+    """Return the results under --out that count for this command line.
+
+    Args:
+        given: the command line.
+        data: what is measured on.
+        options: those that results depend on, beside what every such command has.
+    """
+    names = ("preset", "steps", "batch_tokens", *options)
+    about = {**data.about, **{name: getattr(given, name) for name in names}}
+    about["device"] = kind_of_device(given.device)
+    return KeptResults(given.out, about, is_finished=given.finished)
 
 
 def kind_of_device(name: str) -> str:

@@ -20,8 +20,9 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
+from encoder_data import read_users
 from figures import measured
-from kept_results import KeptResults, Result, cell, mean_and_spread, table
+from kept_results import Result, cell, mean_and_spread, table
 from next_events import (
     ACTION,
     Windows,
@@ -31,7 +32,7 @@ from next_events import (
     recalls,
     windows_from,
 )
-from objectives import ALL_PASSES, add_options, kind_of_device, tell_steps
+from objectives import ALL_PASSES, NEVER, add_options, kept_results, tell_steps
 from quality_data import ALL_USERS, Prepared
 
 from behavior_pipeline.encoder.architecture import Encoder
@@ -59,7 +60,6 @@ from behavior_pipeline.errors import PipelineError
 
 PLAIN = "cross-entropy"
 NAIVE = ("most frequent", "most recent")
-NEVER = 10**9  # validations: all steps are taken
 WEIGHTS = {"next": ObjectiveWeights(0.0, 1.0, 0.0, 0.0, 0.0), "default": ObjectiveWeights()}
 METRICS = ("macro_recall", "weighted_recall")
 
@@ -76,19 +76,12 @@ class Bench:
         self.data = Prepared.at(given.data)
         facts = read_vocabulary_facts(self.data.vocabulary)
         self.shape = EncoderConfig.named(given.preset, facts.field_sizes)
-        named = ("preset", "steps", "batch_tokens", "objectives", "level", "tail_power")
-        about = {name: getattr(given, name) for name in named}
-        about |= {**self.data.about, "device": kind_of_device(given.device)}
-        self.kept = KeptResults(given.out, about, is_finished=given.finished)
+        self.kept = kept_results(given, self.data, "objectives", "level", "tail_power")
 
     @cached_property
     def table(self) -> SequenceTable:
         """All users' histories up to the test cutoff."""
-        parts = list(read_in_order(sequence_files(self.data.sequences("test")), ALL_USERS))
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = whole.followed_by(part)
-        return whole
+        return read_users(self.data.sequences("test"), ALL_USERS)
 
     @cached_property
     def windows(self) -> Windows:

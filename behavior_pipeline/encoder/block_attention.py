@@ -190,19 +190,9 @@ def forward_kernel(
     begin = tl.load(reach + block * NUM_ENDS)
     end = tl.load(reach + block * NUM_ENDS + 1)
     q = load_turned(
-        query,
-        gains,
-        cosines,
-        sines,
-        rows,
-        whole_row,
-        num_tokens,
-        epsilon,
-        scale,
-        HALF,
-        SIDE,
-        HAS_NORM,
-    )
+        query, gains, cosines, sines, rows, whole_row, num_tokens, epsilon, scale,
+        HALF, SIDE, HAS_NORM,
+    )  # fmt: skip
     highest = tl.full((BLOCK,), HIDDEN, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, PADDED), tl.float32)
@@ -278,19 +268,9 @@ def backward_kernel(
     first_seer, last_seer = tl.load(ends + 2), tl.load(ends + 3)
 
     k = load_turned(
-        key,
-        key_gains,
-        cosines,
-        sines,
-        rows,
-        whole_row,
-        num_tokens,
-        epsilon,
-        1.0,
-        HALF,
-        SIDE,
-        HAS_NORM,
-    )
+        key, key_gains, cosines, sines, rows, whole_row, num_tokens, epsilon, 1.0,
+        HALF, SIDE, HAS_NORM,
+    )  # fmt: skip
     v = load_rows(value, rows, whole_row, num_tokens, 2 * HALF, PADDED)
     to_key = tl.zeros((BLOCK, 2 * SIDE), tl.float32)
     to_value = tl.zeros((PADDED, BLOCK), tl.float32)
@@ -314,19 +294,9 @@ def backward_kernel(
     rows = same(block, first_seer) * BLOCK + tl.arange(0, BLOCK)
     low, more = load_stretch(first, last, rows, num_tokens)
     q = load_turned(
-        query,
-        gains,
-        cosines,
-        sines,
-        rows,
-        whole_row,
-        num_tokens,
-        epsilon,
-        scale,
-        HALF,
-        SIDE,
-        HAS_NORM,
-    )
+        query, gains, cosines, sines, rows, whole_row, num_tokens, epsilon, scale,
+        HALF, SIDE, HAS_NORM,
+    )  # fmt: skip
     g, dots, sums = load_given(
         out, given, log_sums, rows, head, out_row, out_head, given_row, given_head, num_tokens,
         2 * HALF, PADDED,

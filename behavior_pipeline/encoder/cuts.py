@@ -21,6 +21,8 @@ from behavior_pipeline.encoder.sequence_files import (
     Ints,
     SequenceTable,
     Survey,
+    first_at_or_after,
+    places_between,
     to_microseconds,
 )
 
@@ -81,8 +83,8 @@ class Cuts:
             users=users,
             moments=moments,
             starts=table.offsets[users],
-            places=_places_of(table, users, moments),
-            window_ends=_places_of(table, users, moments + horizon),
+            places=first_at_or_after(table.times, table.offsets, users, moments),
+            window_ends=first_at_or_after(table.times, table.offsets, users, moments + horizon),
             ends=table.offsets[users + 1],
         )
 
@@ -108,25 +110,9 @@ class Cuts:
 
     def window(self, table: SequenceTable, field: str, size: int) -> NDArray[np.bool_]:
         """Return which of a field's `size` lowest ids occur in the label window, (n, size)."""
-        counts = self.window_ends - self.places
-        rows = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        ids = table.ids[field][np.repeat(self.places, counts) + within] - NUM_SPECIAL_IDS
+        rows, places = places_between(self.places, self.window_ends)
+        ids = table.ids[field][places] - NUM_SPECIAL_IDS
         is_target = (ids >= 0) & (ids < size)
-        found = np.zeros((len(counts), size), np.bool_)
+        found = np.zeros((len(self.places), size), np.bool_)
         found[rows[is_target], ids[is_target]] = True
         return found
-
-
-def _places_of(table: SequenceTable, users: Ints, moments: Ints) -> Ints:
-    """Return the flat place of each user's first event at or after a moment.
-
-    Binary search in all lists at once: as many passes as the longest list has binary digits.
-    """
-    low, high = table.offsets[users].copy(), table.offsets[users + 1].copy()
-    while (is_open := low < high).any():
-        middle = (low + high) // 2
-        is_before = is_open & (table.times[np.minimum(middle, len(table.times) - 1)] < moments)
-        low = np.where(is_before, middle + 1, low)
-        high = np.where(is_open & ~is_before, middle, high)
-    return low

@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from behavior_pipeline.contracts import NUM_SPECIAL_IDS
 from behavior_pipeline.encoder.contrast import hard_info_nce
 from behavior_pipeline.encoder.layers import Linear
-from behavior_pipeline.encoder.sequence_files import MICROSECONDS_A_DAY, Ints
+from behavior_pipeline.encoder.sequence_files import (
+    MICROSECONDS_A_DAY,
+    Ints,
+    first_at_or_after,
+    places_between,
+)
 
 HORIZON_DAYS: Final = (7.0, 28.0)
 """How far ahead the window reaches, where the data are long enough."""
@@ -89,34 +94,12 @@ def future_labels(
     for place, horizon in enumerate(horizons):
         reach = np.minimum(cutoffs + horizon, trained_through)
         ends = first_at_or_after(times, offsets, users, reach)
-        rows, events = _expand(begins, ends)
+        rows, events = places_between(begins, ends)
         targets = ids[events].astype(np.int64) - NUM_SPECIAL_IDS
         is_target = (targets >= 0) & (targets < num_targets)
         window[rows[is_target], place, targets[is_target]] = True
     is_known = cutoffs[:, None] + np.asarray(horizons, np.int64) <= trained_through
     return FutureLabels(window, is_known)
-
-
-def first_at_or_after(times: Ints, offsets: Ints, users: Ints, moments: Ints) -> Ints:
-    """Return the flat place (N,) of each user's first event at or after a moment (N,).
-
-    Binary search in all lists at once: as many passes as the longest list has binary digits.
-    """
-    low, high = offsets[users].copy(), offsets[users + 1].copy()
-    while (is_open := low < high).any():
-        middle = (low + high) // 2
-        is_before = is_open & (times[np.minimum(middle, len(times) - 1)] < moments)
-        low = np.where(is_before, middle + 1, low)
-        high = np.where(is_open & ~is_before, middle, high)
-    return low
-
-
-def _expand(begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
-    """Return every flat place in the runs [begin, end), and which run it is in."""
-    counts = np.maximum(ends - begins, 0)
-    rows = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    return rows, np.arange(counts.sum()) - np.repeat(first - begins, counts)
 
 
 def window_heads(width: int, sizes: Mapping[str, int]) -> nn.ModuleDict:

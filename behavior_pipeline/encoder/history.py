@@ -193,10 +193,10 @@ def _longest_gap(prefixes: Prefixes, is_gap: Tensor) -> Tensor:
         prefixes: the runs.
         is_gap: whose gaps count, (N, C).
     """
-    longest = torch.cat((prefixes.before, prefixes.before.new_zeros(1, len(BEFORE))))
-    gaps = torch.where(is_gap, prefixes.gap_days[:, None], 0.0).to(longest.dtype)
+    older = prefixes.before[:, _LONGEST, None]
+    gaps = torch.where(is_gap, prefixes.gap_days[:, None], 0.0).to(older.dtype)
     rows = prefixes.rows[:, None].expand_as(is_gap)
-    found = longest[:, _LONGEST, None].repeat(1, is_gap.shape[1])
+    found = torch.cat((older, older.new_zeros(1, 1))).repeat(1, is_gap.shape[1])
     return found.scatter_reduce(0, rows, gaps, reduce="amax")[:-1]
 
 

@@ -340,11 +340,8 @@ def _pack(
     block = ARRANGED_IN.get(kernel, 0)
     flat = FlatRuns.cut(table, tuple(config.field_sizes), starts, kept, num_tokens, block)
     layout = PackedLayout.of([flat.lengths], [num_tokens], num_runs, config.max_events, kernel)
-    lengths, before = (
-        np.zeros((num_runs, 1), np.int64),
-        np.zeros((num_runs, len(BEFORE)), np.float32),
-    )
-    silence = np.zeros(num_runs, np.float32)
+    lengths, silence = np.zeros((num_runs, 1), np.int64), np.zeros(num_runs, np.float32)
+    before = np.zeros((num_runs, len(BEFORE)), np.float32)
     lengths[: len(users), 0] = kept
     before[: len(users)] = table.before(users, starts)
     silence[: len(users)] = table.silence_days(users)

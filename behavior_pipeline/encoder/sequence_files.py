@@ -73,27 +73,27 @@ class SequenceTable:
         is_cut = self.num_events[users] > end - first
         days = (self.times[safe] - self.first_times[users]) / MICROSECONDS_A_DAY
         counts = np.stack((num_events, days, self.visits[safe] + is_cut), 1)
-        columns = np.hstack((counts, self._gaps_before(first, safe), self._decayed(first, safe)))
+        rows, places = places_between(first, safe)
+        gaps = self._gaps_at(rows, places, len(users))
+        columns = np.hstack((counts, gaps, self._decayed(rows, places, safe)))
         return np.where((starts < end)[:, None], columns, 0).astype(np.float32)
 
-    def _gaps_before(self, first: Ints, starts: Ints) -> NDArray[np.float64]:
+    def _gaps_at(self, rows: Ints, places: Ints, num_rows: int) -> NDArray[np.float64]:
         """Return number, sum and sum of squares of log(1 + gap), and longest, of visits' gaps."""
-        rows, places = _between(first, starts)
         is_gap = self.gap_days[places] >= VISIT_GAP_DAYS
         rows, gaps = rows[is_gap], self.gap_days[places[is_gap]].astype(np.float64)
-        logs, longest = np.log1p(gaps), np.zeros(len(first))
+        logs, longest = np.log1p(gaps), np.zeros(num_rows)
         np.maximum.at(longest, rows, gaps)
-        sums = [np.bincount(rows, each, len(first)) for each in (np.ones(len(logs)), logs, logs**2)]
+        sums = [np.bincount(rows, each, num_rows) for each in (np.ones(len(logs)), logs, logs**2)]
         return np.stack((*sums, longest), 1)
 
-    def _decayed(self, first: Ints, starts: Ints) -> NDArray[np.float64]:
-        """Return the visits from places `first` to `starts`, decayed as of the latter."""
-        rows, places = _between(first, starts)
+    def _decayed(self, rows: Ints, places: Ints, starts: Ints) -> NDArray[np.float64]:
+        """Return the visits at places of rows, decayed as of the place where each row starts."""
         is_visit = self.visits[places + 1] > self.visits[places]
         rows, places = rows[is_visit], places[is_visit]
         ago = (self.times[starts][rows] - self.times[places]) / MICROSECONDS_A_DAY
         return np.stack(
-            [np.bincount(rows, np.exp(-ago / days), len(first)) for days in DECAY_DAYS], 1
+            [np.bincount(rows, np.exp(-ago / days), len(starts)) for days in DECAY_DAYS], 1
         )
 
     def silence_days(self, users: Ints) -> NDArray[np.float32]:
@@ -106,9 +106,8 @@ class SequenceTable:
 
     def take(self, users: Ints) -> SequenceTable:
         """Return some of the users, in the order given."""
-        lengths = self.lengths[users]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        source = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], lengths)
+        offsets = np.concatenate(([0], np.cumsum(self.lengths[users])))
+        _, source = places_between(self.offsets[users], self.offsets[users + 1])
         return SequenceTable(
             user_ids=self.user_ids.take(pa.array(users)),
             offsets=offsets,
@@ -136,12 +135,26 @@ class SequenceTable:
         )
 
 
-def _between(first: Ints, ends: Ints) -> tuple[Ints, Ints]:
-    """Return row and flat place of what lies from each `first` up to each of `ends`, exclusive."""
-    counts = np.maximum(ends - first, 0)
-    rows = np.repeat(np.arange(len(first)), counts)
+def places_between(begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """Return of every flat place in the runs [begin, end) which run it is in, and the place."""
+    counts = np.maximum(ends - begins, 0)
+    rows = np.repeat(np.arange(len(counts)), counts)
     before = np.cumsum(counts) - counts
-    return rows, np.arange(len(rows)) + (first - before)[rows]
+    return rows, np.arange(len(rows)) + (begins - before)[rows]
+
+
+def first_at_or_after(times: Ints, offsets: Ints, users: Ints, moments: Ints) -> Ints:
+    """Return the flat place (N,) of each user's first event at or after a moment (N,).
+
+    Binary search in all lists at once: as many passes as the longest list has binary digits.
+    """
+    low, high = offsets[users].copy(), offsets[users + 1].copy()
+    while (is_open := low < high).any():
+        middle = (low + high) // 2
+        is_before = is_open & (times[np.minimum(middle, len(times) - 1)] < moments)
+        low = np.where(is_before, middle + 1, low)
+        high = np.where(is_open & ~is_before, middle, high)
+    return low
 
 
 def read_table(table: pa.Table, origin: str) -> SequenceTable:
