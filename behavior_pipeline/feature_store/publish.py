@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.online_sqlite import write_online
 from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
 from behavior_pipeline.feature_store.published import (
     PublishedCutoff,
@@ -29,7 +30,7 @@ from behavior_pipeline.storage import Storage
 if TYPE_CHECKING:
     from feast import FeatureStore
 
-ONLINE_BATCH_ROWS: Final = 1_000  # users in memory as Feast's objects, and in one transaction
+ONLINE_BATCH_ROWS: Final = 8_192  # users in memory as Feast's bytes, and in one transaction
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,9 @@ def _record_history(
 def _serve(store: FeatureStore, view: str, path: Path, report: Report) -> None:
     """Write a partition to the online store, some users at a time, each batch in one transaction.
 
-    Feast overwrites a user's values whatever their age: the caller makes sure that none is newer.
+    A user's values are replaced whatever their age: the caller makes sure that none is newer.
     """
     with pq.ParquetFile(path) as partition:
-        done, total = 0, partition.metadata.num_rows
-        for batch in partition.iter_batches(ONLINE_BATCH_ROWS):
-            store.write_to_online_store(view, df=batch.to_pandas())
-            done += batch.num_rows
-            report(done, total, view)
+        batches = partition.iter_batches(ONLINE_BATCH_ROWS)
+        num_rows = partition.metadata.num_rows
+        write_online(store, store.get_feature_view(view), batches, num_rows, report)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from feast import FeatureStore
+from feast import FeatureView
 from feature_store_builders import (
     AWKWARD,
     NOVEMBER,
@@ -25,10 +25,12 @@ from feature_store_builders import (
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store import online_sqlite, publish
 from behavior_pipeline.feature_store.lookup import lookup
-from behavior_pipeline.feature_store.publish import ONLINE_BATCH_ROWS, publish_view
+from behavior_pipeline.feature_store.publish import publish_view
 from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.repository import open_store
+from behavior_pipeline.feature_store.serialization import online_features
 from behavior_pipeline.feature_store.verify import verify_published
 from behavior_pipeline.storage import Storage, remove_leftovers
 
@@ -38,7 +40,7 @@ USERS = [f"user-{number:04d}" for number in range(1_200)]
 def files_of(storage: Storage) -> dict[str, bytes]:
     """Everything published, but for SQLite's and the lock's own files."""
     folder = storage.feature_store
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".db"]
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".db" not in path.name]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -143,17 +145,16 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the package catches it."""
 
 
-def killing(after: int, sizes: list[int]) -> Callable[..., None]:
-    """Feast's write, which notes batch sizes and dies when `after` batches have arrived."""
-    write = FeatureStore.write_to_online_store
+def killing(after: int, sizes: list[int]) -> Callable[..., Any]:
+    """What makes the rows of a batch; notes its size and dies when `after` batches have arrived."""
 
-    def write_then_die(self: FeatureStore, view: str, **given: Any) -> None:
+    def make_then_die(batch: pa.RecordBatch, view: FeatureView) -> Any:
         if len(sizes) == after:
             raise Killed
-        sizes.append(len(given["df"]))
-        write(self, view, **given)
+        sizes.append(batch.num_rows)
+        return online_features(batch, view)
 
-    return write_then_die
+    return make_then_die
 
 
 def test_a_killed_publication_is_completed_by_the_next(
@@ -162,7 +163,8 @@ def test_a_killed_publication_is_completed_by_the_next(
     for cutoff, seed in ((OCTOBER, 1), (NOVEMBER, 2)):
         write_embeddings(storage, cutoff, USERS, vectors(len(USERS), seed))
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureStore, "write_to_online_store", killing(1, []))
+        patch.setattr(publish, "ONLINE_BATCH_ROWS", 1_000)
+        patch.setattr(online_sqlite, "online_features", killing(1, []))
         with pytest.raises(Killed):
             publish_view(storage, "user_embedding", NOVEMBER)
     with pytest.raises(PipelineError, match="did not finish"):
@@ -182,11 +184,11 @@ def test_users_are_handed_to_the_store_in_bounded_batches(
     users = [f"user-{number:05d}" for number in range(2_500)]
     write_embeddings(storage, NOVEMBER, users, vectors(len(users), seed=0), num_buckets=1)
     sizes: list[int] = []
-    monkeypatch.setattr(FeatureStore, "write_to_online_store", killing(99, sizes))
+    monkeypatch.setattr(publish, "ONLINE_BATCH_ROWS", 1_000)
+    monkeypatch.setattr(online_sqlite, "online_features", killing(99, sizes))
     reports: list[tuple[int, int, str]] = []
     publish_view(storage, "user_embedding", NOVEMBER, report=lambda *seen: reports.append(seen))
-    assert max(sizes) <= ONLINE_BATCH_ROWS
-    assert sum(sizes) == 2_501
+    assert sizes == [1_000, 1_000, 501]
     assert reports[-1] == (2_501, 2_501, "user_embedding")
 
 

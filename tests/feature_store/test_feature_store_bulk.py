@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from feature_store_builders import (
+    NOVEMBER,
+    vectors,
+    write_embeddings,
+    write_predictions,
+    write_rfm,
+    write_segments,
+)
+
+from behavior_pipeline.feature_store.partition import VIEWS
+from behavior_pipeline.feature_store.publish import publish_view
+from behavior_pipeline.feature_store.repository import offline_folder, open_store
+from behavior_pipeline.feature_store.serialization import online_features
+from behavior_pipeline.storage import Storage
+
+USERS = ["", "u", "user-ä", "日本", *(f"user-{number:03d}" for number in range(60))]
+Row = tuple[Any, ...]
+
+
+def rows_of(storage: Storage, view: str) -> list[Row]:
+    """Every row that the online store holds of a view, with the types that SQLite gave them."""
+    names = "entity_key, feature_name, value, value_text, event_ts, created_ts"
+    types = ", ".join(f"typeof({name})" for name in names.split(", "))
+    with sqlite3.connect(storage.feature_store / "online.db") as connection:
+        query = f"select {names}, {types} from behavior_pipeline_{view} order by 1, 2"
+        return connection.execute(query).fetchall()
+
+
+def write_all(storage: Storage) -> None:
+    values = vectors(len(USERS), seed=1)
+    values[1, :3] = [np.nan, 0.0, -0.0]
+    write_embeddings(storage, NOVEMBER, USERS, values)
+    for write in (write_rfm, write_predictions, write_segments):
+        write(storage, NOVEMBER, USERS)
+    rfm = pq.read_table(storage.marts(NOVEMBER) / "user_rfm.parquet")
+    signed = pa.array([(-0.0, 0.0, 1e-310, 2.5)[row % 4] for row in range(len(USERS))])
+    at = rfm.column_names.index("monetary")
+    rfm = rfm.set_column(at, rfm.schema.field(at), signed)
+    pq.write_table(rfm, storage.marts(NOVEMBER) / "user_rfm.parquet")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_written_is_what_feast_would_have_written(
+    storage: Storage, view: str, tmp_path: Path
+):
+    write_all(storage)
+    publish_view(storage, view, NOVEMBER)
+    theirs = Storage(tmp_path / "theirs")
+    partition = next(offline_folder(storage, view).rglob("*.parquet"))
+    frame = pq.read_table(partition).to_pandas(integer_object_nulls=True)
+    open_store(theirs).write_to_online_store(view, df=frame)
+    assert len(rows_of(storage, view)) >= len(USERS) * 3
+    assert rows_of(storage, view) == rows_of(theirs, view)
+
+
+def test_a_reader_never_waits_and_sees_whole_batches(storage: Storage, monkeypatch):
+    write_embeddings(storage, NOVEMBER, USERS, vectors(len(USERS), seed=0))
+    publish_view(storage, "user_embedding", NOVEMBER)
+    write_embeddings(storage, NOVEMBER, USERS, vectors(len(USERS), seed=9))
+    monkeypatch.setattr("behavior_pipeline.feature_store.publish.ONLINE_BATCH_ROWS", 10)
+    store, seen = open_store(storage), list[int]()
+
+    def read_meanwhile(done: int, _total: int, _name: str) -> None:
+        rows = store.get_online_features(
+            features=["user_embedding:embedding"],
+            entity_rows=[{"user_id": user} for user in USERS],
+        ).to_dict()["embedding"]
+        assert all(row is not None for row in rows)
+        seen.append(done)
+
+    publish_view(storage, "user_embedding", NOVEMBER, report=read_meanwhile)
+    assert seen[0] == 10
+    assert seen[-1] == len(USERS) + 1
+
+
+def test_vectors_with_a_null_are_refused(storage: Storage):
+    write_embeddings(storage, NOVEMBER, USERS[:3], vectors(3, seed=0))
+    publish_view(storage, "user_embedding", NOVEMBER)
+    view = open_store(storage).get_feature_view("user_embedding")
+    batch = pq.read_table(next(offline_folder(storage, view.name).rglob("*.parquet")))
+    nulls = pa.nulls(batch.num_rows, batch.schema.field("embedding").type)
+    batch = batch.set_column(batch.column_names.index("embedding"), "embedding", nulls)
+    with pytest.raises(ValueError, match="embedding holds nulls"):
+        online_features(batch.to_batches()[0], view)
