@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.squared_relu import is_suited, squared_feedforward
 
 NORM_EPSILON = 1e-6
 
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.kind = config.feedforward
+        self.is_plain = self.kind == "squared_relu" and not config.has_biases
         inner = inner_width(config)
         widened = 2 * inner if self.kind == "swiglu" else inner
         self.widen = Linear(config.width, widened, bias=config.has_biases)
@@ -53,6 +55,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
+        if self.is_plain and is_suited(x, self.widen.weight):
+            x = x.to(self.widen.weight.dtype)
+            return squared_feedforward(x, self.widen.weight, self.narrow.weight)
         inner = self.widen(x)
         if self.kind == "swiglu":
             gate, value = inner.chunk(2, dim=-1)

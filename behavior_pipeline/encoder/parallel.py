@@ -163,15 +163,21 @@ class Model(nn.Module):
         return losses
 
 
-def compile_passes(model: Model) -> None:
-    """Compile all of a pass; with several processes block by block.
+def compile_passes(model: Model, *, is_replayed: bool = False) -> None:
+    """Compile a pass as one graph, with several processes as well.
 
-    A pass that is compiled as a whole hands over all its gradients at its end, when there is
-    nothing left to do while they are summed.
+    Gradients are then summed after the backward pass rather than during it. That is what graphs
+    that end where a bucket of gradients is full are for (`optimize_ddp`), but between GPUs of one
+    host the sums take less time than what such pieces lose, and products slow down beside them.
+
+    Args:
+        model: whose objectives are compiled.
+        is_replayed: whether the kernels of a pass are recorded and replayed as a whole (a CUDA
+            graph), for passes so short that starting their kernels takes longer than they do. A
+            pass then writes its gradients where the one before wrote its own.
     """
-    parts = model.encoder.blocks if model.is_parallel else [model.objectives]
-    for part in parts:  # type: ignore[union-attr]
-        part.compile()
+    torch._dynamo.config.optimize_ddp = not model.is_parallel  # noqa: SLF001 - its only place
+    model.objectives.compile(mode="reduce-overhead" if is_replayed else None)
 
 
 class Reducer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ from behavior_pipeline.errors import PipelineError
 
 Report = Callable[[int, int, str], None]
 Losses = dict[str, float]
+
+SHORT_PASS: Final = 32_768
+"""Tokens up to which a pass is replayed on a GPU: starting the kernels of one takes some 40 ms of a
+core, an H100 some 45 ms for the `base` pass of as many tokens."""
 
 
 class Watchers(NamedTuple):
@@ -121,7 +125,7 @@ class TrainingRun:
         if state is not None:
             self._load(state)
         if self.config.compile:
-            compile_passes(self.model)
+            compile_passes(self.model, is_replayed=self._is_short())
         reducer = Reducer(self.model, self.processes)
         began = time.perf_counter() - self.seconds
         with closing(self._micro_batches()) as batches:
@@ -134,6 +138,12 @@ class TrainingRun:
                     self._save(state_file)
         self.best.put_into(self.encoder)
         self.encoder.eval()
+
+    def _is_short(self) -> bool:
+        """Tell whether a GPU is done with a pass before its kernels are started one by one."""
+        is_alone = not self.processes.is_parallel and self.config.accumulate == 1
+        is_gpu = self.processes.device.type == "cuda"
+        return is_gpu and is_alone and self.config.batch_tokens <= SHORT_PASS
 
     def _micro_batches(self) -> Generator[MicroBatch]:
         """Yield this process's micro-batches from where the steps are, made ahead by a thread."""
