@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,25 @@ PRIVATE_FILE = 0o600
 class Storage:
     """The folders and files of one source's home.
 
+    A checkpoint that is not live yet works in a lane of its own: what depends on the checkpoint
+    lies below `candidates/<checkpoint id>/`, what does not is the home's.
+
     Attributes:
         home: the folder that holds everything, `<data root>/<source name>`.
+        lane: the candidate's checkpoint id; empty for the live checkpoint.
     """
 
     home: Path
+    lane: str = ""
+
+    def of_candidate(self, checkpoint_id: str) -> Storage:
+        """Return the storage in which a candidate works."""
+        return replace(self, lane=checkpoint_id)
+
+    @property
+    def lane_folder(self) -> Path:
+        """Where what depends on the checkpoint lies."""
+        return self.home / "candidates" / self.lane if self.lane else self.home
 
     @property
     def raw(self) -> Path:
@@ -102,6 +116,10 @@ class Storage:
         """Feast's registry, its online store and the offline Parquet files."""
         return self.home / "feature_store"
 
+    def alignment(self, checkpoint_id: str) -> Path:
+        """The map that takes a checkpoint's vectors into the space of the one before it."""
+        return self.home / "alignments" / f"{checkpoint_id}.safetensors"
+
     def marts(self, cutoff: datetime) -> Path:
         """Marts that belong to a cutoff: `user_rfm.parquet`, `labels.parquet` and so on."""
         return self.home / "marts" / cutoff_folder(cutoff)
@@ -113,15 +131,15 @@ class Storage:
 
     def sequences(self, cutoff: datetime) -> Path:
         """Token sequences as of a cutoff: `bucket=<k>.parquet`."""
-        return self.home / "sequences" / cutoff_folder(cutoff)
+        return self.lane_folder / "sequences" / cutoff_folder(cutoff)
 
     def states(self, cutoff: datetime) -> Path:
         """Users' states after their last event before the cutoff: `bucket=<k>.parquet`."""
-        return self.home / "states" / cutoff_folder(cutoff)
+        return self.lane_folder / "states" / cutoff_folder(cutoff)
 
     def embeddings(self, cutoff: datetime) -> Path:
         """Embeddings of the live checkpoint at a cutoff: `bucket=<k>.parquet`."""
-        return self.home / "embeddings" / cutoff_folder(cutoff)
+        return self.lane_folder / "embeddings" / cutoff_folder(cutoff)
 
     def control_embeddings(self, cutoff: datetime) -> Path:
         """Embeddings of an untrained encoder at a cutoff: the control of every comparison."""
@@ -133,11 +151,11 @@ class Storage:
 
     def predictions(self, cutoff: datetime) -> Path:
         """Calibrated scores of every user at a cutoff: `predictions.parquet`."""
-        return self.home / "predictions" / cutoff_folder(cutoff)
+        return self.lane_folder / "predictions" / cutoff_folder(cutoff)
 
     def segments(self, cutoff: datetime) -> Path:
         """Every user's segment at a cutoff: `segments.parquet` and `profiles.json`."""
-        return self.home / "segments" / cutoff_folder(cutoff)
+        return self.lane_folder / "segments" / cutoff_folder(cutoff)
 
     def reports(self, cutoff: datetime) -> Path:
         """`comparison.json` and `report.html` of a night."""

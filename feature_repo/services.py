@@ -1,40 +1,70 @@
 """One service per consumer: what a model version or an application reads.
 
-Several views carry `cutoff_at` and `checkpoint_id`: ask with `full_feature_names=True`.
+A service names one version of each view, so that one read never mixes two checkpoints, whatever is
+promoted meanwhile. `churn_model` is the live version; `churn_model_v2` stays version 2 for whoever
+pins it. Features of a service have different names, except in `user_profile`: ask for that one with
+`full_feature_names=True`, and the names tell the version, `user_embedding@v2__embedding`.
 """
 
 from __future__ import annotations
 
-from feast import FeatureService
+from feast import FeatureService, FeatureView
+from sources import version
 from views import user_embedding, user_predictions, user_rfm, user_segment
 
-churn_model = FeatureService(
-    name="churn_model",
-    features=[
+
+def _pinned(service: FeatureService) -> FeatureService:
+    """Return the service under a name that means this version for ever."""
+    return FeatureService(
+        name=f"{service.name}_v{version}",
+        features=list(service._features),  # noqa: SLF001 - Feast has no reader for them
+        description=f"{service.description} Version {version}, whichever is live.",
+        tags=service.tags,
+        owner=service.owner,
+    )
+
+
+def _service(
+    name: str, consumer: str, description: str, features: list[FeatureView]
+) -> FeatureService:
+    """Return the service of a consumer."""
+    return FeatureService(
+        name=name,
+        features=features,
+        description=description,
+        tags={"consumer": consumer},
+        owner="behavior-pipeline",
+    )
+
+
+churn_model = _service(
+    "churn_model",
+    "model",
+    "Inputs of a churn model: the embedding beside RFM.",
+    [
         user_embedding[["cutoff_at", "embedding", "checkpoint_id", "is_cold_start"]],
-        user_rfm[["cutoff_at", "recency_days", "frequency", "monetary"]],
+        user_rfm[["recency_days", "frequency", "monetary"]],
     ],
-    description="Inputs of a churn model: the embedding beside RFM.",
-    tags={"consumer": "model"},
-    owner="behavior-pipeline",
 )
 
-personalization = FeatureService(
-    name="personalization",
-    features=[
+personalization = _service(
+    "personalization",
+    "application",
+    "What a page needs to greet a user: vector, likely target, segment.",
+    [
         user_embedding[["cutoff_at", "embedding", "checkpoint_id", "is_cold_start"]],
-        user_predictions[["cutoff_at", "top_target", "top_target_probability", "next_event_type"]],
-        user_segment[["cutoff_at", "segment", "segment_name"]],
+        user_predictions[["top_target", "top_target_probability", "next_event_type"]],
+        user_segment[["segment", "segment_name"]],
     ],
-    description="What a page needs to greet a user: vector, likely target, segment.",
-    tags={"consumer": "application"},
-    owner="behavior-pipeline",
 )
 
-user_profile = FeatureService(
-    name="user_profile",
-    features=[user_embedding, user_rfm, user_predictions, user_segment],
-    description="Everything that is known of a user; `behavior-pipeline lookup` reads it.",
-    tags={"consumer": "people"},
-    owner="behavior-pipeline",
+user_profile = _service(
+    "user_profile",
+    "people",
+    "Everything that is known of a user; `behavior-pipeline lookup` reads it.",
+    [user_embedding, user_rfm, user_predictions, user_segment],
 )
+
+churn_model_pinned = _pinned(churn_model)
+personalization_pinned = _pinned(personalization)
+user_profile_pinned = _pinned(user_profile)

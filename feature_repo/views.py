@@ -1,5 +1,8 @@
 """The four views of a user, all keyed by user and valid from their observation cutoff.
 
+Views whose values depend on a checkpoint exist once per version: `user_embedding@v2` is never mixed
+with `user_embedding@v1`, and `user_embedding` alone is the live one.
+
 Columns are called as in the pipeline's contracts. Feast keeps timestamps to the second, online: the
 published history is cut to the second as well, so that both stores say the same.
 """
@@ -21,7 +24,7 @@ from feast.types import (
     String,
     UnixTimestamp,
 )
-from sources import embedding_files, prediction_files, rfm_files, segment_files
+from sources import embedding_files, prediction_files, rfm_files, segment_files, version
 
 POINT_IN_TIME_TTL = timedelta(days=35)
 """Point-in-time joins: how long a value stands in for a missing newer one; a month and a bit."""
@@ -35,7 +38,9 @@ def _field(name: str, dtype: FeastType, description: str) -> Field:
     return Field(name=name, dtype=dtype, description=description)
 
 
-def _view(name: str, source: FileSource, description: str, *features: Field) -> FeatureView:
+def _view(
+    name: str, source: FileSource, description: str, *features: Field, is_versioned: bool = True
+) -> FeatureView:
     """Return a view whose rows also say which cutoff they speak of."""
     return FeatureView(
         name=name,
@@ -47,6 +52,7 @@ def _view(name: str, source: FileSource, description: str, *features: Field) -> 
             *features,
         ],
         source=source,
+        version=f"v{version}" if is_versioned else "latest",
         online=True,
         description=description,
         tags={"stale_after_days": str(STALE_AFTER_DAYS)},
@@ -73,6 +79,7 @@ user_rfm = _view(
     _field("frequency", Int64, "distinct UTC days with a qualifying event"),
     _field("monetary", Float64, "sum of amounts of qualifying events, in the source's unit"),
     _field("is_in_population", Bool, "has a qualifying event inside the lookback"),
+    is_versioned=False,
 )
 
 user_predictions = _view(

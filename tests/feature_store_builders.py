@@ -17,6 +17,7 @@ from behavior_pipeline.contracts import (
     USER_RFM,
     embedding_schema,
 )
+from behavior_pipeline.feature_store.versions import VERSIONED
 from behavior_pipeline.storage import Storage
 
 OCTOBER = datetime(2011, 10, 10, tzinfo=UTC)
@@ -27,6 +28,11 @@ AWKWARD = np.array(
     [-0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, -3.4028235e38, np.inf, -np.inf], np.float32
 )
 """Minus zero, the smallest and the largest denormals, the extremes: bits that rounding changes."""
+
+
+def online_table(view: str, version: int = 1) -> str:
+    """Feast's name of a view's table."""
+    return f"behavior_pipeline_{view}" + (f"_v{version}" if view in VERSIONED else "")
 
 
 def vectors(num_users: int, seed: int, width: int = WIDTH) -> np.ndarray:

@@ -118,7 +118,7 @@ def _views(references: Sequence[str]) -> list[str]:
 def _check_published(storage: Storage, references: list[str]) -> None:
     """Refuse views without any history: Feast would only say that files are missing."""
     for view in _views(references):
-        if not any(offline_folder(storage, view).glob("cutoff=*/features.parquet")):
+        if not any(offline_folder(storage, view).glob("cutoff=*/*.parquet")):
             raise PipelineError(
                 f"The view '{view}' was never published.", "Publish a cutoff of it first."
             )

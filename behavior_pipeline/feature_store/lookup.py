@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PROFILE_SERVICE: Final = "user_profile"
 EMBEDDING_VIEW: Final = "user_embedding"
+VERSION_IN_NAME: Final = re.compile(r"@v\d+__")  # a service reads one version of each view
 
 
 def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
@@ -56,8 +58,11 @@ def _read(store: FeatureStore, user_ids: list[str]) -> list[dict[str, Any]]:
         entity_rows=[{"user_id": user_id} for user_id in user_ids],
         full_feature_names=True,
     ).to_dict()
-    names = [name for name in response if name != "user_id"]
-    return [{name: response[name][row] for name in names} for row in range(len(user_ids))]
+    names = {name: VERSION_IN_NAME.sub("__", name) for name in response if name != "user_id"}
+    return [
+        {plain: response[name][row] for name, plain in names.items()}
+        for row in range(len(user_ids))
+    ]
 
 
 def _of_view(features: dict[str, Any], view: str) -> dict[str, Any]:

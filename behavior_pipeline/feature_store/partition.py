@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from behavior_pipeline.contracts import TIMESTAMP
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.published import PublishedCutoff
-from behavior_pipeline.feature_store.repository import offline_folder
 from behavior_pipeline.sql import open_engine
 from behavior_pipeline.storage import Storage, cutoff_folder, writing_file
 
 if TYPE_CHECKING:
     from feast import FeatureView
 
+OFFLINE_FILE: Final = "features.parquet"
 OFFLINE_BATCH_ROWS: Final = 8_192  # rows in memory, and in a row group of the published file
 CHECK_MEMORY: Final = "1GB"  # of the queries that look a partition over before it is published
 
@@ -154,14 +154,14 @@ def _checkpoint_objections(facts: _RowFacts) -> list[str]:
 
 
 def write_partition(
-    storage: Storage, view: FeatureView, cutoff: datetime, files: Sequence[Path]
+    view: FeatureView, folder: Path, cutoff: datetime, files: Sequence[Path]
 ) -> Path:
     """Write a cutoff's rows under the view's columns into the offline store; return the file.
 
     One file, renamed into place: readers of the history see the old partition or the new one. The
     folder's Hive name is not a feature's, so Feast never takes the one for the other.
     """
-    target = offline_folder(storage, view.name) / cutoff_folder(cutoff) / "features.parquet"
+    target = folder / cutoff_folder(cutoff) / OFFLINE_FILE
     schema = _published_schema(view, pq.read_schema(files[0]))
     with writing_file(target) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as out:
         for batch in _batches(files):

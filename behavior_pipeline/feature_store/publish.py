@@ -23,12 +23,13 @@ from behavior_pipeline.feature_store.published import (
     read_published,
     write_published,
 )
-from behavior_pipeline.feature_store.repository import open_store
+from behavior_pipeline.feature_store.repository import offline_folder, open_store, view_of
+from behavior_pipeline.feature_store.versions import read_versions, record_checkpoint
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.storage import Storage
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
 
 ONLINE_BATCH_ROWS: Final = 8_192  # users in memory as Feast's bytes, and in one transaction
 
@@ -53,54 +54,63 @@ class PublishSummary:
 
 
 def publish_view(
-    storage: Storage, view: str, cutoff: datetime, report: Report = report_nothing
+    storage: Storage,
+    view: str,
+    cutoff: datetime,
+    report: Report = report_nothing,
+    version: int | None = None,
 ) -> PublishSummary:
     """Publish the rows of a view at a cutoff to the offline and the online store.
 
     Args:
-        storage: the home.
+        storage: the home, or a candidate's lane of it.
         view: one of `partition.VIEWS`.
         cutoff: observation cutoff; its rows must have been made by the stages before.
         report: called with the users written online so far.
+        version: under which it is published; default the live one.
 
     Raises:
         PipelineError: if there are no rows, or they may not be published together (see
-            `partition.check_rows`).
+            `partition.check_rows`), or the version holds another checkpoint's rows.
     """
     started = perf_counter()
     files = source_files(storage, view, cutoff)
     facts = check_rows(storage, view, cutoff, files)
+    number = version or read_versions(storage).live
     store = open_store(storage)
     with exclusive(storage):
-        path = write_partition(storage, store.get_feature_view(view), cutoff, files)
-        state = _record_history(storage, view, cutoff, facts)
+        if facts.checkpoint_id is not None:
+            record_checkpoint(storage, number, facts.checkpoint_id)
+        defined = view_of(store, view, number)
+        path = write_partition(defined, offline_folder(storage, view, number), cutoff, files)
+        state = _record_history(storage, view, cutoff, facts, number)
         is_served = state.online_cutoff == f"{cutoff:%Y-%m-%d}"
         if is_served:
-            _serve(store, view, path, report)
-            write_published(storage, view, replace(state, is_online_complete=True))
+            _serve(store, defined, path, report)
+            write_published(storage, view, replace(state, is_online_complete=True), number)
     return PublishSummary(view, facts.num_rows, perf_counter() - started, cutoff, is_served)
 
 
 def _record_history(
-    storage: Storage, view: str, cutoff: datetime, facts: PublishedCutoff
+    storage: Storage, view: str, cutoff: datetime, facts: PublishedCutoff, version: int
 ) -> PublishedView:
     """Record the new partition, and the online cutoff before the first value is sent.
 
     Recording the intent first keeps an older cutoff out even if this run is killed half-way.
     """
     date = f"{cutoff:%Y-%m-%d}"
-    before = read_published(storage).get(view, PublishedView())
+    before = read_published(storage, version).get(view, PublishedView())
     is_newest = before.online_cutoff is None or before.online_cutoff <= date
     state = PublishedView(
         cutoffs=before.cutoffs | {date: facts},
         online_cutoff=date if is_newest else before.online_cutoff,
         is_online_complete=before.is_online_complete and not is_newest,
     )
-    write_published(storage, view, state)
+    write_published(storage, view, state, version)
     return state
 
 
-def _serve(store: FeatureStore, view: str, path: Path, report: Report) -> None:
+def _serve(store: FeatureStore, view: FeatureView, path: Path, report: Report) -> None:
     """Write a partition to the online store, some users at a time, each batch in one transaction.
 
     A user's values are replaced whatever their age: the caller makes sure that none is newer.
@@ -108,4 +118,4 @@ def _serve(store: FeatureStore, view: str, path: Path, report: Report) -> None:
     with pq.ParquetFile(path) as partition:
         batches = partition.iter_batches(ONLINE_BATCH_ROWS)
         num_rows = partition.metadata.num_rows
-        write_online(store, store.get_feature_view(view), batches, num_rows, report)
+        write_online(store, view, batches, num_rows, report)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from behavior_pipeline.feature_store.versions import VERSIONED, read_versions
 from behavior_pipeline.storage import Storage, read_json, write_json
 from behavior_pipeline.windows import parse_cutoff
 
@@ -45,25 +47,45 @@ def _file(storage: Storage) -> Path:
     return storage.feature_store / "published.json"
 
 
-def read_published(storage: Storage) -> dict[str, PublishedView]:
-    """Return what is published, by view; empty where nothing ever was."""
-    path = _file(storage)
-    if not path.exists():
-        return {}
+def read_published(storage: Storage, version: int | None = None) -> dict[str, PublishedView]:
+    """Return what is published under a version, by view; empty where nothing ever was.
+
+    Args:
+        storage: the home.
+        version: default the live one.
+    """
+    suffix = _suffix(version or read_versions(storage).live)
     return {
-        view: PublishedView(
-            {date: PublishedCutoff(**cutoff) for date, cutoff in content["cutoffs"].items()},
-            content["online_cutoff"],
-            content["is_online_complete"],
-        )
-        for view, content in read_json(path).items()
+        name.removesuffix(suffix): _view(content)
+        for name, content in _read(storage).items()
+        if name.endswith(suffix) or "@" not in name
     }
 
 
-def write_published(storage: Storage, view: str, state: PublishedView) -> None:
+def write_published(
+    storage: Storage, view: str, state: PublishedView, version: int | None = None
+) -> None:
     """Record a view's state, atomically; the caller holds `exclusive(storage)`."""
-    states = read_published(storage) | {view: state}
-    write_json(_file(storage), {name: asdict(state) for name, state in states.items()})
+    name = view
+    if view in VERSIONED:
+        name += _suffix(version or read_versions(storage).live)
+    write_json(_file(storage), _read(storage) | {name: asdict(state)})
+
+
+def _read(storage: Storage) -> dict[str, Any]:
+    """Return the content of the file; a versioned view's state is under `view@vN`."""
+    path = _file(storage)
+    content: dict[str, Any] = read_json(path) if path.exists() else {}
+    return {name: view for name, view in content.items() if name not in VERSIONED}
+
+
+def _suffix(version: int) -> str:
+    return f"@v{version}"
+
+
+def _view(content: dict[str, Any]) -> PublishedView:
+    cutoffs = {date: PublishedCutoff(**cutoff) for date, cutoff in content["cutoffs"].items()}
+    return PublishedView(cutoffs, content["online_cutoff"], content["is_online_complete"])
 
 
 def newest_cutoff(storage: Storage) -> datetime | None:

@@ -16,20 +16,29 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.versions import (
+    VERSIONED,
+    Versions,
+    known_version,
+    read_versions,
+)
 from behavior_pipeline.storage import PRIVATE_FILE, Storage, read_json, write_json, writing_file
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
     from feast.repo_config import RepoConfig
 
 LOCATION = "BEHAVIOR_FEATURE_STORE"
 """Environment variable that `feature_repo/` reads: absolute path of a home's feature store."""
+
+VERSION = "BEHAVIOR_FEATURE_VERSION"
+"""Environment variable that `feature_repo/` reads: the version whose views it defines."""
 
 _importing = Lock()
 
@@ -37,8 +46,8 @@ _importing = Lock()
 def open_store(storage: Storage) -> FeatureStore:
     """Return Feast's store of a home, with the definitions of `feature_repo/` applied.
 
-    Applying happens only if the definitions, Feast's release or the home's place have changed, or
-    if a file is missing. Values that were published before stay where they are.
+    Applying happens only if the definitions, the versions, Feast's release or the home's place have
+    changed, or if a file is missing. Values that were published before stay where they are.
 
     Raises:
         PipelineError: if `feature_repo/` is not beside the package.
@@ -50,9 +59,37 @@ def open_store(storage: Storage) -> FeatureStore:
     return _connect(_configuration(storage, _registry(storage)))
 
 
-def offline_folder(storage: Storage, view: str) -> Path:
-    """Return where a view's history lies: `offline/<view>/cutoff=YYYY-MM-DD/features.parquet`."""
-    return storage.feature_store / "offline" / view
+def view_of(store: FeatureStore, view: str, version: int) -> FeatureView:
+    """Return a view of a version; views that no checkpoint is behind have one version only.
+
+    Raises:
+        PipelineError: if there is no such version.
+    """
+    from feast.errors import FeatureViewVersionNotFound  # noqa: PLC0415 - see the module's docstring
+
+    if view not in VERSIONED:
+        return store.get_feature_view(view)
+    try:
+        found = store.registry.get_feature_view_by_version(view, store.project, version)
+    except FeatureViewVersionNotFound:
+        raise PipelineError(
+            f"There is no version {version} of {view}.", "See `behavior-pipeline versions`."
+        ) from None
+    return cast("FeatureView", found)
+
+
+def offline_folder(storage: Storage, view: str, version: int | None = None) -> Path:
+    """Return where a view's history lies: `offline/<view>/v<N>/cutoff=YYYY-MM-DD/`.
+
+    Args:
+        storage: the home.
+        view: name of the view; one that no checkpoint is behind has no folder `v<N>`.
+        version: default the live one.
+    """
+    folder = storage.feature_store / "offline" / view
+    if view not in VERSIONED:
+        return folder
+    return folder / f"v{version or read_versions(storage).live}"
 
 
 def full_name(view: str, feature: str) -> str:
@@ -97,7 +134,14 @@ def _fingerprint(storage: Storage) -> str:
     folder = definitions_folder()
     for path in [folder / "feature_store.yaml", *sorted(folder.glob("*.py"))]:
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    versions = read_versions(storage)
+    digest.update(f"{_in_order(versions)}\n".encode())
     return digest.hexdigest()
+
+
+def _in_order(versions: Versions) -> list[int]:
+    """Return the numbers in the order in which they are applied: what comes last is served."""
+    return [*sorted(set(versions.known) - {versions.live}), versions.live]
 
 
 def _is_applied(storage: Storage) -> bool:
@@ -111,13 +155,18 @@ def _is_applied(storage: Storage) -> bool:
 def _apply(storage: Storage) -> None:
     """Build the registry anew beside the old one, make the online tables, swap it in.
 
-    Feast writes a registry in place: a kill would leave half of one under the final name.
+    Feast writes a registry in place: a kill would leave half of one under the final name. Each
+    version is applied with its own definitions, the live one last.
     """
+    fingerprint = _fingerprint(storage)
+    versions = read_versions(storage)
+    known_version(versions, versions.live)
     with writing_file(_registry(storage)) as aside:
         store = _connect(_configuration(storage, aside))
-        store.apply(_load_definitions(storage))
+        for number in _in_order(versions):
+            store.apply(_load_definitions(storage, number, is_live=number == versions.live))
     _online_file(storage).chmod(PRIVATE_FILE)
-    write_json(_applied_file(storage), {"fingerprint": _fingerprint(storage)})
+    write_json(_applied_file(storage), {"fingerprint": fingerprint})
 
 
 def _connect(configuration: RepoConfig) -> FeatureStore:
@@ -140,31 +189,41 @@ def _configuration(storage: Storage, registry: Path) -> RepoConfig:
     return configuration
 
 
-def _load_definitions(storage: Storage) -> list[Any]:
-    """Import the modules of `feature_repo/` for a home and return Feast's objects in them."""
+def _load_definitions(storage: Storage, version: int, *, is_live: bool) -> list[Any]:
+    """Import the modules of `feature_repo/` for a home and return Feast's objects in them.
+
+    Services that follow the live version are left out of the others.
+    """
     from feast import Entity, FeatureService, FeatureView, FileSource  # noqa: PLC0415 - as above
 
     folder = definitions_folder()
     names = sorted(path.stem for path in folder.glob("*.py"))
-    with _importing, _variable(LOCATION, str(_location(storage))), _own_modules(folder, names):
+    variables = {LOCATION: str(_location(storage)), VERSION: str(version)}
+    with _importing, _variables(variables), _own_modules(folder, names):
         modules = [importlib.import_module(name) for name in names]
     kinds = (Entity, FeatureService, FeatureView, FileSource)
     found = [thing for module in modules for thing in vars(module).values()]
-    return list({id(thing): thing for thing in found if isinstance(thing, kinds)}.values())
+    things = {id(thing): thing for thing in found if isinstance(thing, kinds)}.values()
+    return [
+        thing
+        for thing in things
+        if is_live or not isinstance(thing, FeatureService) or thing.name.endswith(f"_v{version}")
+    ]
 
 
 @contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a moment."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a moment."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from feature_store_builders import (
     NOVEMBER,
+    online_table,
     vectors,
     write_embeddings,
     write_predictions,
@@ -32,7 +33,7 @@ def rows_of(storage: Storage, view: str) -> list[Row]:
     names = "entity_key, feature_name, value, value_text, event_ts, created_ts"
     types = ", ".join(f"typeof({name})" for name in names.split(", "))
     with sqlite3.connect(storage.feature_store / "online.db") as connection:
-        query = f"select {names}, {types} from behavior_pipeline_{view} order by 1, 2"
+        query = f"select {names}, {types} from {online_table(view)} order by 1, 2"
         return connection.execute(query).fetchall()
 
 

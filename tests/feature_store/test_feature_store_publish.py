@@ -16,6 +16,7 @@ from feature_store_builders import (
     AWKWARD,
     NOVEMBER,
     OCTOBER,
+    online_table,
     vectors,
     write_embeddings,
     write_predictions,
@@ -47,7 +48,8 @@ def files_of(storage: Storage) -> dict[str, bytes]:
 def online_rows(storage: Storage) -> list[tuple[Any, ...]]:
     """Every row that the online store holds of embeddings."""
     with sqlite3.connect(storage.feature_store / "online.db") as connection:
-        query = "select * from behavior_pipeline_user_embedding order by entity_key, feature_name"
+        table = online_table("user_embedding")
+        query = f"select * from {table} order by entity_key, feature_name"
         return connection.execute(query).fetchall()
 
 
@@ -130,7 +132,7 @@ def test_an_older_cutoff_joins_the_history_and_is_not_served(storage: Storage):
     assert not summary.is_served
     assert online_rows(storage) == rows
     assert verify_published(storage, NOVEMBER).is_equal
-    history = sorted(path.parent.name for path in storage.feature_store.glob("offline/*/*/*"))
+    history = sorted(path.parent.name for path in storage.feature_store.glob("offline/*/*/*/*"))
     assert history == ["cutoff=2011-10-10", "cutoff=2011-11-09"]
 
 
@@ -251,7 +253,7 @@ def test_missing_files_and_unknown_views_are_the_users_mistake(storage: Storage)
 def test_both_stores_cut_timestamps_to_the_second(storage: Storage):
     write_embeddings(storage, NOVEMBER, USERS[:1], vectors(1, seed=0))
     publish_view(storage, "user_embedding", NOVEMBER)
-    folder = storage.feature_store / "offline" / "user_embedding" / "cutoff=2011-11-09"
+    folder = storage.feature_store / "offline" / "user_embedding" / "v1" / "cutoff=2011-11-09"
     table = pq.read_table(folder / "features.parquet").sort_by("user_id")
     assert table["user_id"].to_pylist() == [COLD_START_USER, USERS[0]]
     served = lookup(storage, USERS[0])["user_embedding__last_event_at"]

@@ -12,7 +12,12 @@ from feature_store_builders import NOVEMBER, write_rfm
 
 from behavior_pipeline.feature_store import repository
 from behavior_pipeline.feature_store.publish import publish_view
-from behavior_pipeline.feature_store.repository import LOCATION, definitions_folder, open_store
+from behavior_pipeline.feature_store.repository import (
+    LOCATION,
+    definitions_folder,
+    offline_folder,
+    open_store,
+)
 from behavior_pipeline.settings import load_settings
 from behavior_pipeline.storage import Storage
 
@@ -22,14 +27,15 @@ def test_definitions_are_applied_with_owner_and_description(storage: Storage):
     views = {view.name: view for view in store.list_feature_views()}
     assert sorted(views) == ["user_embedding", "user_predictions", "user_rfm", "user_segment"]
     services = {service.name for service in store.list_feature_services()}
-    assert services == {"churn_model", "personalization", "user_profile"}
+    names = ("churn_model", "personalization", "user_profile")
+    assert services == {*names, *(f"{name}_v1" for name in names)}
     things = [*views.values(), *store.list_feature_services(), *store.list_entities()]
     assert all(thing.description and thing.owner for thing in things if thing.name != "__dummy")
 
 
 def test_every_view_reads_an_absolute_folder_of_its_home(storage: Storage):
     for view in open_store(storage).list_feature_views():
-        expected = storage.feature_store.resolve() / "offline" / view.name
+        expected = offline_folder(storage, view.name, 1).resolve()
         assert view.batch_source.path == str(expected)
         assert view.batch_source.timestamp_field == "observation_cutoff"
         assert view.batch_source.created_timestamp_column == "written_at"
