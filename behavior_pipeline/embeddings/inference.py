@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from behavior_pipeline.contracts import COLD_START_USER, SEQUENCES, embedding_schema
+from behavior_pipeline.embeddings.alignment import Alignment
 from behavior_pipeline.embeddings.states import (
     KnownStates,
     Vectors,
@@ -88,6 +89,18 @@ class _Night:
     cutoff: datetime
     written_at: datetime
     batch_tokens: int
+    alignment: Alignment | None = None
+
+    def read_out(self, states: Vectors, silence: Vectors) -> Vectors:
+        """Read states (N, S) out so many days (N,) after their last events, in the live space."""
+        embeddings = read_out(self.checkpoint.encoder, states, silence)
+        return embeddings if self.alignment is None else self.alignment.apply(embeddings)
+
+    @property
+    def prior(self) -> Vectors:
+        """The embedding (D,) of a user of whom nothing is known, in the live space."""
+        prior: Vectors = self.checkpoint.encoder.prior().detach().float().cpu().numpy()
+        return prior if self.alignment is None else self.alignment.apply(prior[None])[0]
 
     @property
     def width(self) -> int:
@@ -122,6 +135,7 @@ def embed_sequences(
     device: str = "cpu",
     threads: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    alignment: Alignment | None = None,
     report: Report = report_nothing,
 ) -> EmbeddingsSummary:
     """Embed every user of a folder of sequences as of its cutoff.
@@ -145,6 +159,7 @@ def embed_sequences(
         device: where the encoder runs, as torch names it.
         threads: buckets that are worked on at once; None means as many as torch has threads.
         batch_tokens: padded tokens of a batch.
+        alignment: how the vectors are moved on; states never are.
         report: progress over users.
 
     Raises:
@@ -153,7 +168,8 @@ def embed_sequences(
         AssertionError: if an embedding is not finite; names the bucket.
     """
     files = sequence_files(sequences_folder)
-    night = _Night(load_checkpoint(checkpoint_folder, device), cutoff, written_at, batch_tokens)
+    checkpoint = load_checkpoint(checkpoint_folder, device)
+    night = _Night(checkpoint, cutoff, written_at, batch_tokens, alignment)
     _check_checkpoint(night)
     tally = _Tally(report, count_users(sequences_folder))
     with writing_folder(states_folder) as states, writing_folder(embeddings_folder) as embeddings:
@@ -309,19 +325,13 @@ def _embed(sequences: pa.Table, path: Path, known: KnownStates, night: _Night) -
 def _embeddings_table(sequences: pa.Table, states: Vectors, path: Path, night: _Night) -> pa.Table:
     """Read states (N, S) out at the cutoff."""
     silence = silence_days(sequences["last_event_at"], night.cutoff)
-    embeddings = read_out(night.checkpoint.encoder, states, silence)
+    embeddings = night.read_out(states, silence)
     try:
         return embeddings_table(
-            sequences, embeddings, _prior(night), night.checkpoint.checkpoint_id, night.written_at
+            sequences, embeddings, night.prior, night.checkpoint.checkpoint_id, night.written_at
         )
     except AssertionError as error:
         raise AssertionError(f"{path.name} has an embedding that is not finite") from error
-
-
-def _prior(night: _Night) -> Vectors:
-    """Return the embedding (D,) of a user of whom nothing is known."""
-    prior: Vectors = night.checkpoint.encoder.prior().detach().float().cpu().numpy()
-    return prior
 
 
 def _prior_table(night: _Night) -> pa.Table:
@@ -329,7 +339,7 @@ def _prior_table(night: _Night) -> pa.Table:
     row = {
         "user_id": COLD_START_USER,
         "observation_cutoff": night.cutoff,
-        "embedding": _prior(night),
+        "embedding": night.prior,
         "checkpoint_id": night.checkpoint.checkpoint_id,
         "num_events": 0,
         "last_event_at": None,
