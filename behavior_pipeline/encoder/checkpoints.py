@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from behavior_pipeline.contracts import COLD_START_USER, TOKEN_FIELDS
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.configuration import EncoderConfig
+from behavior_pipeline.encoder.heads import HEADS
 from behavior_pipeline.encoder.model_card import model_card
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.storage import writing_folder
@@ -31,7 +33,7 @@ CARD: Final = "README.md"
 ID_LENGTH: Final = 16
 """Hex digits of a checkpoint id."""
 
-_HASHED: Final = (WEIGHTS, CONFIG, VOCABULARY, TOKENS)
+_HASHED: Final = (WEIGHTS, CONFIG, VOCABULARY, TOKENS, HEADS)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def save_checkpoint(
     checkpoints_folder: Path,
     trained_through: datetime,
     training: Mapping[str, Any],
+    heads: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `<checkpoints_folder>/<checkpoint id>` at once or not at all; return the folder.
 
@@ -76,8 +79,9 @@ def save_checkpoint(
         trained_through: every event that weights or vocabulary know of is before this.
         training: JSON values that tell how it was trained; neither they nor the card made of
             them are part of the content hash.
+        heads: weights of the next-event heads by name, see `heads.py`; none if there are none.
     """
-    files = _contents(encoder, vocabulary_folder)
+    files = _contents(encoder, vocabulary_folder, heads or {})
     checkpoint_id = _content_hash(files, trained_through)
     folder = checkpoints_folder / checkpoint_id
     if not (folder / TRAINING).exists():
@@ -210,12 +214,16 @@ def read_vocabulary_facts(vocabulary_folder: Path) -> VocabularyFacts:
     )
 
 
-def _contents(encoder: Encoder, vocabulary_folder: Path) -> dict[str, bytes]:
+def _contents(
+    encoder: Encoder, vocabulary_folder: Path, heads: Mapping[str, Tensor]
+) -> dict[str, bytes]:
     """Return the hashed files of a checkpoint by name."""
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()
+    files = {
+        WEIGHTS: _weights_bytes(encoder.state_dict()),
+        CONFIG: _json_bytes(encoder.config.to_json()),
     }
-    files = {WEIGHTS: save(weights), CONFIG: _json_bytes(encoder.config.to_json())}
+    if heads:
+        files[HEADS] = _weights_bytes(heads)
     for name in (VOCABULARY, TOKENS):
         if (vocabulary_folder / name).is_file():
             files[name] = (vocabulary_folder / name).read_bytes()
@@ -229,6 +237,12 @@ def _content_hash(files: Mapping[str, bytes], trained_through: datetime) -> str:
         digest.update(f"\n{name} {len(files[name])}\n".encode())
         digest.update(files[name])
     return digest.hexdigest()[:ID_LENGTH]
+
+
+def _weights_bytes(weights: Mapping[str, Tensor]) -> bytes:
+    """Return weights as safetensors."""
+    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    return bytes(save(kept))
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -165,8 +165,9 @@ def train(
             set_prior(run.encoder, files)
             about = _about(run, found)
             checkpoint_id = save_checkpoint(
-                run.encoder, vocabulary_folder, checkpoints_folder, found.trained_through, about
-            ).name
+                run.encoder, vocabulary_folder, checkpoints_folder, found.trained_through, about,
+                run.heads,
+            ).name  # fmt: skip
             state_file.discard()
         return _summary(run, checkpoints_folder / processes.agree_on(checkpoint_id, ID_LENGTH))
 

@@ -17,6 +17,7 @@ from behavior_pipeline.encoder.averaging import AveragedWeights
 from behavior_pipeline.encoder.best_weights import BestWeights
 from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
 from behavior_pipeline.encoder.cutoffs import BatchMaker, TrainingBatch, plan_cutoffs
+from behavior_pipeline.encoder.heads import KEPT, kept_heads
 from behavior_pipeline.encoder.meters import Curves, LossSums, Meters, Work, work_of
 from behavior_pipeline.encoder.objectives import Objectives
 from behavior_pipeline.encoder.optimizer import Optimizer
@@ -139,6 +140,15 @@ class TrainingRun:
         self.best.put_into(self.encoder)
         self.encoder.eval()
 
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The next-event heads that go with the best weights, by name."""
+        return {
+            name.removeprefix(KEPT): value
+            for name, value in self.best.weights.items()
+            if name.startswith(KEPT)
+        }
+
     def _is_short(self) -> bool:
         """Tell whether a GPU is done with a pass before its kernels are started one by one."""
         is_alone = not self.processes.is_parallel and self.config.accumulate == 1
@@ -257,7 +267,8 @@ class TrainingRun:
             for name, weights in source.items()
             if name.startswith("encoder.")
         }
-        self.best.offer(self.num_steps, loss, of_encoder, is_averaged=is_averaged)
+        kept = of_encoder | kept_heads(source)
+        self.best.offer(self.num_steps, loss, kept, is_averaged=is_averaged)
 
     def _validate_both(self) -> tuple[Losses, bool]:
         """Validate the weights and their averages; return the better losses and whose they are."""
