@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from datetime import datetime
-from functools import wraps
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.commands.options import (
+    Cutoff,
+    DataRoot,
+    Encoder,
+    Horizon,
+    Lookback,
+    RawPath,
+    Seed,
+    Source,
+    Steps,
+    console,
+    given,
+    opened,
+    shows_mistakes,
+)
 from behavior_pipeline.windows import parse_cutoff
 
-USER_MISTAKE = 2
-FAILURE = 1
 DEFAULT_GAPS = "10,15,20,25,30,40,50,60,75,90,120"
 
 app = typer.Typer(
@@ -30,51 +38,6 @@ app = typer.Typer(
 )
 study = typer.Typer(no_args_is_help=True, help="Side rooms: nothing here feeds the nightly path.")
 app.add_typer(study, name="study")
-console = Console(file=sys.stdout)  # stays where it is when a step redirects what others print
-errors = Console(stderr=True)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-Source = Annotated[str | None, typer.Option(help="Preset name, or path of your own preset.")]
-RawPath = Annotated[
-    str | None,
-    typer.Option(
-        "--path",
-        help="Raw events: file, folder or glob, also at s3://bucket/…; file.duckdb::table; or "
-        "postgresql://host/database?table=….",
-    ),
-]
-Cutoff = Annotated[str | None, typer.Option(help="Observation cutoff, YYYY-MM-DD (midnight UTC).")]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds everything written.")]
-Horizon = Annotated[int | None, typer.Option(help="Days of the label window.")]
-Lookback = Annotated[int | None, typer.Option(help="Days of the population window.")]
-Seed = Annotated[int | None, typer.Option(help="Every random choice derives from it.")]
-Encoder = Annotated[str | None, typer.Option(help="Encoder preset: tiny, small or base.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps at the most.")]
-
-
-def shows_mistakes(command: Callable[P, R]) -> Callable[P, R]:
-    """Show a user's mistake as a short message with exit code 2, without a traceback."""
-
-    @wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except PipelineError as mistake:
-            _complain("Error:", mistake)
-            raise typer.Exit(USER_MISTAKE) from None
-        except RuntimeError as failure:
-            _complain("Failed:", failure)
-            raise typer.Exit(FAILURE) from None
-
-    return wrapper
-
-
-def _complain(heading: str, reason: Exception) -> None:
-    """Print a message as it is: brackets in a path or a value are no markup."""
-    text = Text.assemble((heading, "bold red"), " ", str(reason))
-    errors.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -94,7 +57,7 @@ def run(
 
     Without a cutoff, the latest one is taken whose label window lies inside the data.
     """
-    overrides = _given(
+    overrides = given(
         source=source,
         path=path,
         data_root=data_root,
@@ -121,7 +84,7 @@ def nightly(
     """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
     from behavior_pipeline.runs import arrive
 
-    overrides = _given(
+    overrides = given(
         source=source,
         path=path,
         data_root=data_root,
@@ -147,7 +110,7 @@ def pretrain(
     max_training_steps: Steps = None,
 ) -> None:
     """Train a new checkpoint that knows nothing after the night's train cutoff."""
-    overrides = _given(
+    overrides = given(
         source=source,
         path=path,
         data_root=data_root,
@@ -188,8 +151,8 @@ def lookup(user: str, source: Source = None, data_root: DataRoot = None) -> None
     """Show what services read of a user from the online store."""
     from behavior_pipeline.feature_store.lookup import lookup as read_user
 
-    opened = _open(_given(source=source, data_root=data_root))
-    features = read_user(opened.storage, user)
+    pipeline = opened(given(source=source, data_root=data_root))
+    features = read_user(pipeline.storage, user)
     table = Table(title=Text(f"user {user}"), title_justify="left")
     table.add_column("feature", overflow="fold")
     table.add_column("value", overflow="fold")
@@ -246,10 +209,10 @@ def sessions(
     from behavior_pipeline.studies.session_agreement import compare_sessions, parse_gaps
 
     minutes = parse_gaps(gaps)
-    opened = _open(_given(source=source, path=path, data_root=data_root))
-    inputs = (opened.preset, opened.raw_path, session_column, minutes)
+    pipeline = opened(given(source=source, path=path, data_root=data_root))
+    inputs = (pipeline.preset, pipeline.raw_path, session_column, minutes)
     with progress_bar("comparing sessions", console) as report:
-        compared = compare_sessions(*inputs, opened.storage, opened.settings, report)
+        compared = compare_sessions(*inputs, pipeline.storage, pipeline.settings, report)
     console.print(session_report.study_table(compared))
     if out is not None:
         session_report.update_document(out, session_report.study_markdown(compared, inputs[1]))
@@ -266,15 +229,6 @@ def version() -> None:
 def main() -> None:
     """Run the command line."""
     app()
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Keep the options that were given, as plain values that a run's configuration can hold."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in values.items()
-        if value is not None
-    }
 
 
 def _work(overrides: dict[str, Any], cutoff: str | None, job: str) -> None:
@@ -294,12 +248,6 @@ def _show_comparison(folder: Path) -> None:
 
     console.print(comparison_table(read_json(folder / "comparison.json")))
     console.print(f"The whole report: {folder / 'report.html'}", soft_wrap=True, markup=False)
-
-
-def _open(overrides: dict[str, Any]) -> Any:
-    from behavior_pipeline.pipeline import open_pipeline
-
-    return open_pipeline(**overrides)
 
 
 def _short(value: Any) -> str:
