@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from behavior_pipeline.commands import versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -224,6 +225,9 @@ def sessions(
 def version() -> None:
     """Print the version."""
     console.print(package_version("behavior-pipeline"))
+
+
+versions.register(app)
 
 
 def main() -> None:

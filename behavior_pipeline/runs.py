@@ -22,8 +22,9 @@ from typing import Any
 import dagster as dg
 from rich.console import Console
 
-from behavior_pipeline.encoder.live import checkpoint_folder
+from behavior_pipeline.encoder.live import CANDIDATE, checkpoint_folder, pointed_to
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.holding import holding
 from behavior_pipeline.ingest.arrivals import events_span
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
@@ -35,6 +36,7 @@ from behavior_pipeline.windows import EvaluationWindows, cutoff_of, default_cuto
 
 WORKSPACE = Path(__file__).parents[1] / "workspace.yaml"
 POLL_SECONDS = 0.5
+EVERYTHING = "pretraining_and_nightly"
 PRETRAINING = "pretraining"  # the job that works on what is loaded already
 MISTAKES = {kind.__name__ for kind in (PipelineError, *PipelineError.__subclasses__())}
 BLOCKED = "DagsterAssetCheckFailedError"  # a class that Dagster does not export
@@ -125,8 +127,38 @@ def work(
         span = events_span(opened.storage)
         settled = cutoff or default_cutoff(span.last_event_at, opened.preset.tasks.horizon_days)
         windows = opened.windows(settled)
-        execute(job, partition_of(settled), overrides, console)
+        for part in _parts(job, opened):
+            execute(part, partition_of(settled), overrides, console)
     return Night(opened, windows)
+
+
+def _parts(job: str, opened: Pipeline) -> Iterator[str]:
+    """Yield the jobs that a job comes to in a home.
+
+    Where a checkpoint is live already, a new one is its candidate: the night goes on with the live
+    one, and once more with the new one if the gates let it pass.
+    """
+    live = read_versions(opened.storage).live_version.checkpoint_id
+    if job != EVERYTHING or live is None:
+        yield job
+        return
+    yield from (PRETRAINING, "nightly")
+    if pointed_to(opened.storage.checkpoints, CANDIDATE) is not None:
+        yield "candidate"
+    if read_versions(opened.storage).live_version.checkpoint_id != live:
+        yield "nightly"
+
+
+def change_version(job: str, overrides: Mapping[str, Any], console: Console) -> None:
+    """Execute `promotion` or `rollback`, once no other run is at work in the home.
+
+    Raises:
+        PipelineError: for the user's mistakes.
+        RuntimeError: if it failed for another reason.
+    """
+    opened = open_pipeline(**overrides)
+    with holding(opened.storage):
+        execute(job, None, overrides, console)
 
 
 def arrive(overrides: Mapping[str, Any], cutoff: datetime, console: Console) -> Night:

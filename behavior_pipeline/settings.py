@@ -75,6 +75,24 @@ class Settings(BaseSettings):
         None, description="optimiser steps at the most; the encoder preset's own where absent"
     )
 
+    promotion: Literal["automatic", "manual"] = Field(
+        "automatic",
+        description="a candidate that has passed every gate goes live at once, or waits for "
+        "`behavior-pipeline promote`",
+    )
+    min_effective_rank: float = Field(
+        2.0, ge=0, description="gate: fewer dimensions in which users differ hold a candidate back"
+    )
+    max_cold_start_share: float = Field(
+        0.5, ge=0, le=1, description="gate: a larger share of users without a usable event"
+    )
+    max_foretelling_loss: float = Field(
+        0.05, ge=0, description="gate: by so much more, relatively, may the next event's loss be"
+    )
+    max_probe_loss: float = Field(
+        0.02, ge=0, description="gate: so much AUROC may the live version's probes lose"
+    )
+
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")

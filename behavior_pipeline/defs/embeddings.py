@@ -1,7 +1,6 @@
 """Stage 4 in Dagster: nightly embeddings, and those that the comparison needs."""
 
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import dagster as dg
 
@@ -9,7 +8,10 @@ from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import row_count
 from behavior_pipeline.defs.partitions import ENCODER, ONE_NIGHT_A_RUN, nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, now
+from behavior_pipeline.embeddings.alignment import Alignment
+from behavior_pipeline.embeddings.candidates import states_to_start_from
 from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
+from behavior_pipeline.embeddings.states import newest_states
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
 
 
@@ -76,23 +78,19 @@ def _embed(
     storage = night.pipeline.storage
     is_live = role == LIVE
     states = storage.states(cutoff) if is_live else storage.control_states(cutoff)
+    folder = checkpoint_folder(storage.checkpoints, role)
+    known = (
+        states_to_start_from(storage, cutoff, folder.name) if is_live else newest_states([states])
+    )
     return embed_sequences(
         storage.sequences(cutoff),
-        checkpoint_folder(storage.checkpoints, role),
+        folder,
         states,
         storage.embeddings(cutoff) if is_live else storage.control_embeddings(cutoff),
         cutoff,
         written_at=now(),
-        previous_states_folder=newest_states(states),
+        previous_states_folder=known,
         threads=night.pipeline.settings.threads,
+        alignment=Alignment.load(storage.alignment(folder.name)) if is_live else None,
         report=report_to(context, f"embedding at {cutoff:%Y-%m-%d} ({role})"),
     )
-
-
-def newest_states(states: Path) -> Path | None:
-    """Return the states to start from: those of this cutoff, else of the newest one before it.
-
-    A user untouched since then keeps the state, and costs no pass of the transformer.
-    """
-    known = [folder for folder in states.parent.glob("cutoff=*") if folder.name <= states.name]
-    return max(known, key=lambda folder: folder.name, default=None)

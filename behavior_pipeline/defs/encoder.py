@@ -12,9 +12,17 @@ from behavior_pipeline.defs.partitions import ENCODER
 from behavior_pipeline.defs.resources import PipelineResource
 from behavior_pipeline.encoder.checkpoints import write_untrained
 from behavior_pipeline.encoder.configuration import TrainingConfig
-from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder, point_to
+from behavior_pipeline.encoder.live import (
+    CANDIDATE,
+    LIVE,
+    UNTRAINED,
+    checkpoint_folder,
+    point_to,
+)
 from behavior_pipeline.encoder.train import TrainingSummary, figures_in_words, train
+from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.pipeline import Pipeline
+from behavior_pipeline.storage import Storage
 
 
 def training_config(opened: Pipeline) -> TrainingConfig:
@@ -57,7 +65,7 @@ def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
 def checkpoint(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
 ) -> dg.MaterializeResult[None]:
-    """The pretrained behavioural transformer that nightly embeddings use from now on.
+    """A pretrained behavioural transformer: live if none was published before, else a candidate.
 
     A training that was killed goes on where it was, as long as its sequences are the same.
     """
@@ -73,8 +81,15 @@ def checkpoint(
         curves_folder=storage.training_curves,
         unfinished="discard",
     )
-    point_to(storage.checkpoints, LIVE, summary.checkpoint_id)
-    return dg.MaterializeResult(metadata=training_metadata(summary))
+    role = role_of_new(storage, summary.checkpoint_id)
+    point_to(storage.checkpoints, role, summary.checkpoint_id)
+    return dg.MaterializeResult(metadata=training_metadata(summary) | {"role": role})
+
+
+def role_of_new(storage: Storage, checkpoint_id: str) -> str:
+    """Say what a new checkpoint becomes: nobody's vectors may change space unawares."""
+    published = read_versions(storage).live_version.checkpoint_id
+    return LIVE if published in (None, checkpoint_id) else CANDIDATE
 
 
 @dg.asset(group_name="encoder", deps=[checkpoint], kinds={"pytorch"})

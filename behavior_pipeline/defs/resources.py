@@ -11,6 +11,7 @@ import dagster as dg
 from pydantic import Field
 
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.promotion import settle
 from behavior_pipeline.holding import holding
 from behavior_pipeline.pipeline import Pipeline, open_pipeline
 from behavior_pipeline.windows import EvaluationWindows, cutoff_of
@@ -45,6 +46,7 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 context.log.info("Another run is at work in %s: waiting for it.", storage.home)
 
         with holding(storage, waiting):
+            settle(storage)  # a promotion that was killed half-way is completed first
             yield self
 
 

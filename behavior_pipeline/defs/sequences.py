@@ -1,5 +1,6 @@
 """Stage 2 in Dagster: the vocabulary and the token sequences."""
 
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -16,6 +17,7 @@ from behavior_pipeline.sequences.vocabulary import (
     load_vocabulary,
     save_vocabulary,
 )
+from behavior_pipeline.storage import Storage
 
 
 @dg.asset(group_name="sequences", deps=["marts"], kinds={"duckdb"})
@@ -63,7 +65,7 @@ def training_sequences(
         opened.storage.training_sequences,
         report=report_to(context, "tokenizing"),
     )
-    return dg.MaterializeResult(metadata=_sequences_metadata(summary, is_partition=False))
+    return dg.MaterializeResult(metadata=sequences_metadata(summary, is_partition=False))
 
 
 @dg.asset(
@@ -80,8 +82,8 @@ def sequences(
     """Token sequences at the night's cutoffs, under the live checkpoint's own vocabulary."""
     night = Night(context, pipeline)
     opened = night.pipeline
-    frozen = load_vocabulary(checkpoint_folder(opened.storage.checkpoints))
-    earlier = sorted(opened.storage.sequences(night.cutoff).parent.glob("cutoff=*"))
+    live = checkpoint_folder(opened.storage.checkpoints)
+    frozen = load_vocabulary(live)
     for cutoff in night.windows.cutoffs:
         summary = write_sequences(
             opened.storage,
@@ -90,12 +92,25 @@ def sequences(
             cutoff,
             opened.storage.sequences(cutoff),
             report=report_to(context, f"tokenizing up to {cutoff:%Y-%m-%d}"),
-            earlier=earlier,
+            earlier=earlier_sequences(opened.storage, live.name),
         )
-    return dg.MaterializeResult(metadata=_sequences_metadata(summary, is_partition=True))
+    return dg.MaterializeResult(metadata=sequences_metadata(summary, is_partition=True))
 
 
-def _sequences_metadata(summary: SequencesSummary, *, is_partition: bool) -> dict[str, Any]:
+def earlier_sequences(storage: Storage, checkpoint_id: str) -> list[Path]:
+    """Return the folders that sequences for a checkpoint may be built upon.
+
+    Those of the nights, and those from when the checkpoint was a candidate.
+    """
+    homes = (storage, storage.of_candidate(checkpoint_id))
+    return [
+        folder
+        for home in homes
+        for folder in sorted((home.lane_folder / "sequences").glob("cutoff=*"))
+    ]
+
+
+def sequences_metadata(summary: SequencesSummary, *, is_partition: bool) -> dict[str, Any]:
     """Show sizes and how much of each field the vocabulary does not know."""
     return row_count(summary.num_users, is_partition=is_partition) | {
         "num_users_tokenized": summary.num_tokenized_users,

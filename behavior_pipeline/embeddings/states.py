@@ -5,6 +5,7 @@ A state depends on a user's sequence and on the checkpoint alone, so it holds as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +26,8 @@ from behavior_pipeline.encoder.vector_tables import (
 )
 
 __all__ = [
-    "FINGERPRINT_BYTES", "KnownStates", "Vectors", "fingerprints", "from_vectors", "silence_days",
-    "state_schema", "states_table", "to_vectors",
+    "FINGERPRINT_BYTES", "KnownStates", "Vectors", "fingerprints", "from_vectors", "newest_states",
+    "silence_days", "state_schema", "states_table", "to_vectors",
 ]  # fmt: skip
 
 
@@ -81,3 +82,31 @@ def silence_days(last_event_at: pa.ChunkedArray, cutoff: datetime) -> Vectors:
     silence = pc.subtract(pa.scalar(cutoff, TIMESTAMP), last_event_at).cast(pa.int64())
     days: Vectors = (pc.fill_null(silence, 0).to_numpy() / 86_400_000_000).astype(np.float32)
     return days
+
+
+def newest_states(folders: Sequence[Path], checkpoint_id: str | None = None) -> Path | None:
+    """Return the states to start from: those of a cutoff, else of the newest one before it.
+
+    A user untouched since then keeps the state, and costs no pass of the transformer.
+
+    Args:
+        folders: where states of the cutoff belong, `…/states/cutoff=…`; at a tie the last wins.
+        checkpoint_id: passes over folders that another checkpoint made.
+    """
+    known = [
+        (found.name, number, found)
+        for number, folder in enumerate(folders)
+        for found in folder.parent.glob("cutoff=*")
+        if found.name <= folder.name
+        and (checkpoint_id is None or _maker_of(found) in (checkpoint_id, None))
+    ]
+    return max(known)[2] if known else None
+
+
+def _maker_of(folder: Path) -> str | None:
+    """Return the checkpoint that made a folder of states; None if it holds nobody."""
+    for path in sorted(folder.glob("bucket=*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1, columns=["checkpoint_id"]):
+                return str(batch.column(0)[0].as_py())
+    return None

@@ -19,7 +19,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.exclusive import exclusive
 from behavior_pipeline.feature_store.partition import OFFLINE_FILE
 from behavior_pipeline.feature_store.published import PublishedView, read_published
-from behavior_pipeline.feature_store.repository import offline_folder, open_store
+from behavior_pipeline.feature_store.repository import apply_definitions, offline_folder
 from behavior_pipeline.feature_store.versions import (
     VERSIONED,
     Version,
@@ -42,15 +42,12 @@ def enlist(
     candidate is set aside.
 
     Raises:
-        PipelineError: if the checkpoint is live already.
+        PipelineError: if the checkpoint is live, or was before and can be returned to.
     """
     with exclusive(storage):
         versions = read_versions(storage)
         live = versions.live_version.checkpoint_id
-        if checkpoint_id == live:
-            raise PipelineError(
-                f"The checkpoint {checkpoint_id} is live already.", "Train another one first."
-            )
+        _check_new(versions, checkpoint_id)
         version = replace(
             _version_for(versions, checkpoint_id, now), untrained_id=untrained_id,
             aligned_to=live, gates={},
@@ -58,6 +55,17 @@ def enlist(
         versions = _with_live_control(storage, versions).with_version(version)
         write_versions(storage, replace(versions, candidate=version.number))
     return version
+
+
+def _check_new(versions: Versions, checkpoint_id: str) -> None:
+    """Refuse a checkpoint that is live, or was and can be returned to."""
+    for number in (versions.live, *versions.earlier):
+        if versions.known[number].checkpoint_id == checkpoint_id:
+            raise PipelineError(
+                f"The checkpoint {checkpoint_id} is version {number} already, which is "
+                f"{versions.state_of(number)}.",
+                "Train another one, or return to it with `behavior-pipeline rollback`.",
+            )
 
 
 def _with_live_control(storage: Storage, versions: Versions) -> Versions:
@@ -144,12 +152,12 @@ def rollback(storage: Storage) -> Versions:
 
 
 def settle(storage: Storage) -> None:
-    """Make Feast's registry and the pointers agree with `versions.json`."""
+    """Make Feast's registry and the pointers agree with `versions.json`, if they do not yet."""
     versions = read_versions(storage)
     live = versions.live_version
     if live.checkpoint_id is None:
         return
-    open_store(storage)
+    apply_definitions(storage)
     _point(storage, LIVE, live.checkpoint_id)
     if live.untrained_id is not None:
         _point(storage, UNTRAINED, live.untrained_id)

@@ -52,11 +52,20 @@ def open_store(storage: Storage) -> FeatureStore:
     Raises:
         PipelineError: if `feature_repo/` is not beside the package.
     """
+    apply_definitions(storage)
+    return _connect(_configuration(storage, _registry(storage)))
+
+
+def apply_definitions(storage: Storage) -> None:
+    """Make the registry what the definitions and the versions say, if it is not; see `open_store`.
+
+    Raises:
+        PipelineError: if `feature_repo/` is not beside the package.
+    """
     if not _is_applied(storage):
         with exclusive(storage):
             if not _is_applied(storage):
                 _apply(storage)
-    return _connect(_configuration(storage, _registry(storage)))
 
 
 def view_of(store: FeatureStore, view: str, version: int) -> FeatureView:

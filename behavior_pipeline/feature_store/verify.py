@@ -16,6 +16,7 @@ from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.partition import OFFLINE_BATCH_ROWS, source_files
 from behavior_pipeline.feature_store.published import PublishedView, read_published
 from behavior_pipeline.feature_store.repository import open_store
+from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -47,33 +48,39 @@ class Verification:
 
 
 def verify_published(
-    storage: Storage, cutoff: datetime, num_users: int = 1000, seed: int = 0
+    storage: Storage,
+    cutoff: datetime,
+    num_users: int = 1000,
+    seed: int = 0,
+    version: int | None = None,
 ) -> Verification:
     """Compare random users' served embeddings with the files of a cutoff.
 
     Args:
-        storage: the home.
+        storage: the home, or a candidate's lane of it.
         cutoff: the cutoff that is served.
         num_users: how many users to compare; all if there are fewer.
         seed: chooses the users.
+        version: which is compared; default the live one.
 
     Raises:
         PipelineError: if the cutoff has no files, is not the one that is served, or its
             publication did not finish.
     """
     files = source_files(storage, VIEW, cutoff)
-    _check_served(storage, cutoff)
+    number = version or read_versions(storage).live
+    _check_served(storage, cutoff, number)
     store, wrong = open_store(storage), list[str]()
     expected = _rows_of(files, _sample_users(files, num_users, seed))
     for start in range(0, expected.num_rows, READ_USERS):
-        wrong += _mismatches(store, expected.slice(start, READ_USERS))
+        wrong += _mismatches(store, expected.slice(start, READ_USERS), number)
     num_equal = expected.num_rows - len(wrong)
     return Verification(expected.num_rows, num_equal, tuple(wrong[:SHOWN_MISMATCHES]))
 
 
-def _check_served(storage: Storage, cutoff: datetime) -> None:
+def _check_served(storage: Storage, cutoff: datetime, version: int) -> None:
     """Refuse a cutoff that the online store does not hold, or not wholly."""
-    view = read_published(storage).get(VIEW, PublishedView())
+    view = read_published(storage, version).get(VIEW, PublishedView())
     if view.online_cutoff != f"{cutoff:%Y-%m-%d}":
         raise PipelineError(
             f"The online store serves embeddings of {view.online_cutoff or 'no cutoff'}, "
@@ -106,11 +113,13 @@ def _rows_of(files: list[Path], users: pa.Array) -> pa.Table:
     return pa.Table.from_batches(found)
 
 
-def _mismatches(store: FeatureStore, expected: pa.Table) -> list[str]:
+def _mismatches(store: FeatureStore, expected: pa.Table, version: int) -> list[str]:
     """Return the users whose served row differs from the expected one."""
     users = expected.column("user_id").to_pylist()
     served = store.get_online_features(
-        features=[f"{VIEW}:{name}" for name in ("embedding", "checkpoint_id", "cutoff_at")],
+        features=[
+            f"{VIEW}@v{version}:{name}" for name in ("embedding", "checkpoint_id", "cutoff_at")
+        ],
         entity_rows=[{"user_id": user} for user in users],
     ).to_dict()
     checkpoints = expected.column("checkpoint_id").to_pylist()
