@@ -1,8 +1,10 @@
 """One service per consumer: what a model version or an application reads.
 
-A service names one version of each view, so that one read never mixes two checkpoints, whatever is
-promoted meanwhile. `churn_model` is the live version; `churn_model_v2` stays version 2 for whoever
-pins it. Features of a service have different names, except in `user_profile`: ask for that one with
+Every service exists once per version: `churn_model_v2` means that version for ever, so that one
+read never mixes two checkpoints, whatever is promoted meanwhile. `churn_model` is the same of the
+live version: get it anew for each read (see docs/versions.md).
+
+Features of a service have different names, except in `user_profile`: ask for that one with
 `full_feature_names=True`, and the names tell the version, `user_embedding@v2__embedding`.
 """
 

@@ -93,7 +93,9 @@ def write_rfm(storage: Storage, cutoff: datetime, users: Sequence[str]) -> Path:
     return _write(table, storage.marts(cutoff) / "user_rfm.parquet")
 
 
-def write_predictions(storage: Storage, cutoff: datetime, users: Sequence[str]) -> Path:
+def write_predictions(
+    storage: Storage, cutoff: datetime, users: Sequence[str], checkpoint: str = "checkpoint-a"
+) -> Path:
     """Write scores; nobody has a likely target, as in a source without targets."""
     num_users = len(users)
     table = pa.table(
@@ -105,7 +107,7 @@ def write_predictions(storage: Storage, cutoff: datetime, users: Sequence[str]) 
             "top_target_probability": [None] * num_users,
             "next_event_type": ["purchase"] * num_users,
             "next_event_probability": [0.1] * num_users,
-            "checkpoint_id": ["checkpoint-a"] * num_users,
+            "checkpoint_id": [checkpoint] * num_users,
             "written_at": [cutoff + timedelta(hours=2)] * num_users,
         },
         schema=PREDICTIONS.schema,
@@ -113,7 +115,9 @@ def write_predictions(storage: Storage, cutoff: datetime, users: Sequence[str]) 
     return _write(table, storage.predictions(cutoff) / "predictions.parquet")
 
 
-def write_segments(storage: Storage, cutoff: datetime, users: Sequence[str]) -> Path:
+def write_segments(
+    storage: Storage, cutoff: datetime, users: Sequence[str], checkpoint: str = "checkpoint-a"
+) -> Path:
     """Write segments: everybody is at the centre of the largest."""
     num_users = len(users)
     table = pa.table(
@@ -123,7 +127,7 @@ def write_segments(storage: Storage, cutoff: datetime, users: Sequence[str]) -> 
             "segment": [0] * num_users,
             "segment_name": ["buys often"] * num_users,
             "distance": [0.0] * num_users,
-            "checkpoint_id": ["checkpoint-a"] * num_users,
+            "checkpoint_id": [checkpoint] * num_users,
             "written_at": [cutoff + timedelta(hours=2)] * num_users,
         },
         schema=SEGMENTS.schema,

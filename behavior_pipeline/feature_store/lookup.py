@@ -10,6 +10,7 @@ from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.published import newest_cutoff
 from behavior_pipeline.feature_store.repository import full_name, open_store
+from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
             "Run the pipeline for this source first: behavior-pipeline run.",
         )
     store = open_store(storage)
-    user, prior = _read(store, [user_id, COLD_START_USER])
+    service = f"{PROFILE_SERVICE}_v{read_versions(storage).live}"
+    user, prior = _read(store, service, [user_id, COLD_START_USER])
     if user[full_name(EMBEDDING_VIEW, "cutoff_at")] is None:
         user |= _of_view(prior, EMBEDDING_VIEW)
     flags = {
@@ -51,10 +53,10 @@ def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
     )
 
 
-def _read(store: FeatureStore, user_ids: list[str]) -> list[dict[str, Any]]:
+def _read(store: FeatureStore, service: str, user_ids: list[str]) -> list[dict[str, Any]]:
     """Return the online features of users, one dictionary each."""
     response = store.get_online_features(
-        features=store.get_feature_service(PROFILE_SERVICE),
+        features=store.get_feature_service(service),
         entity_rows=[{"user_id": user_id} for user_id in user_ids],
         full_feature_names=True,
     ).to_dict()

@@ -25,6 +25,7 @@ from behavior_pipeline.feature_store.versions import (
     Version,
     Versions,
     read_versions,
+    versions_file,
     write_versions,
 )
 from behavior_pipeline.storage import Storage, make_private_folder
@@ -153,11 +154,13 @@ def rollback(storage: Storage) -> Versions:
 
 def settle(storage: Storage) -> None:
     """Make Feast's registry and the pointers agree with `versions.json`, if they do not yet."""
+    if not versions_file(storage).exists() and not read_published(storage):
+        return  # nothing was ever published
+    apply_definitions(storage)
     versions = read_versions(storage)
     live = versions.live_version
     if live.checkpoint_id is None:
         return
-    apply_definitions(storage)
     _point(storage, LIVE, live.checkpoint_id)
     if live.untrained_id is not None:
         _point(storage, UNTRAINED, live.untrained_id)

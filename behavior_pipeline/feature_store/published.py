@@ -76,7 +76,7 @@ def _read(storage: Storage) -> dict[str, Any]:
     """Return the content of the file; a versioned view's state is under `view@vN`."""
     path = _file(storage)
     content: dict[str, Any] = read_json(path) if path.exists() else {}
-    return {name: view for name, view in content.items() if name not in VERSIONED}
+    return content
 
 
 def _suffix(version: int) -> str:

@@ -22,6 +22,7 @@ import yaml
 
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.upgrade import upgrade
 from behavior_pipeline.feature_store.versions import (
     VERSIONED,
     Versions,
@@ -167,6 +168,7 @@ def _apply(storage: Storage) -> None:
     Feast writes a registry in place: a kill would leave half of one under the final name. Each
     version is applied with its own definitions, the live one last.
     """
+    upgrade(storage, _online_file(storage))
     fingerprint = _fingerprint(storage)
     versions = read_versions(storage)
     known_version(versions, versions.live)
