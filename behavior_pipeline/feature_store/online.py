@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import pyarrow as pa
 
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.feature_store import online_sqlite
+from behavior_pipeline.feature_store import online_postgres, online_redis, online_sqlite
 from behavior_pipeline.progress import Report, report_nothing
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ class OnlineStore(Protocol):
         """See `delete_online`."""
 
 
-_STORES: Final[dict[str, OnlineStore]] = {"sqlite": online_sqlite}
+_STORES: Final[dict[str, OnlineStore]] = {
+    "sqlite": online_sqlite,
+    "redis": online_redis,
+    "postgres": online_postgres,
+}
 
 
 def write_online(
@@ -93,5 +97,11 @@ def _of(store: FeatureStore) -> OnlineStore:
         raise PipelineError(
             f"Users cannot be written to an online store of the kind '{kind}'.",
             f"Use one of {', '.join(_STORES)}.",
+        )
+    options = ("vector_enabled", "enable_openai_compatible_store")
+    if any(getattr(store.config.online_store, option, False) for option in options):
+        raise PipelineError(
+            "Users cannot be written with Feast's columns for vector searches.",
+            f"Leave {' and '.join(options)} out of the online store's options.",
         )
     return _STORES[kind]
