@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.configuration import speaking_to_server
 from behavior_pipeline.feature_store.in_parallel import in_parallel
 from behavior_pipeline.feature_store.online_sqlite import table_of
 from behavior_pipeline.feature_store.serialization import (
@@ -88,20 +88,15 @@ def _connections(store: FeatureStore) -> Iterator[SimpleQueue[Any]]:
     Raises:
         PipelineError: if the server cannot be reached or refuses.
     """
-    import psycopg  # noqa: PLC0415 - an optional package
-    from feast.infra.utils.postgres.connection_utils import _get_conn  # noqa: PLC0415 - slow
-
     opened, free = list[Any](), SimpleQueue[Any]()
     try:
-        for _ in range(NUM_CONNECTIONS):
-            opened.append(_get_conn(store.config.online_store))
-            free.put(opened[-1])
-        yield free
-    except psycopg.Error as error:
-        raise PipelineError(
-            f"The online store in PostgreSQL answers: {error}",
-            "See that the server runs, lets this user in, and has room.",
-        ) from None
+        with speaking_to_server():
+            from feast.infra.utils.postgres import connection_utils  # noqa: PLC0415 - optional
+
+            for _ in range(NUM_CONNECTIONS):
+                opened.append(connection_utils._get_conn(store.config.online_store))  # noqa: SLF001
+                free.put(opened[-1])
+            yield free
     finally:
         for connection in opened:
             connection.close()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.configuration import speaking_to_server
 from behavior_pipeline.feature_store.in_parallel import in_parallel
 from behavior_pipeline.feature_store.serialization import entity_keys, online_features
 from behavior_pipeline.progress import Report, report_nothing
@@ -73,19 +74,14 @@ def _client(store: FeatureStore) -> Iterator[Any]:
     Raises:
         PipelineError: if the server cannot be reached, refuses, or is a cluster.
     """
-    from feast.infra.online_stores.redis import RedisOnlineStore, RedisType  # noqa: PLC0415 - slow
-    from redis.exceptions import RedisError  # noqa: PLC0415 - an optional package
-
     configuration = store.config.online_store
-    if configuration.redis_type == RedisType.redis_cluster:
+    if configuration.redis_type == "redis_cluster":
         raise PipelineError("Users cannot be written to a Redis cluster.", "Use one Redis server.")
-    try:
+    with speaking_to_server():
+        from feast.infra.online_stores.redis import RedisOnlineStore  # noqa: PLC0415 - seconds
+
         with RedisOnlineStore()._get_client(configuration) as client:  # noqa: SLF001 - no other way
             yield client
-    except RedisError as error:
-        raise PipelineError(
-            f"The online store in Redis answers: {error}", "See that the server runs and has room."
-        ) from None
 
 
 def _send(client: Any, commands: bytes, num_replies: int) -> list[Any]:
