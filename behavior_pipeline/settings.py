@@ -93,6 +93,12 @@ class Settings(BaseSettings):
         0.02, ge=0, description="gate: so much AUROC may the live version's probes lose"
     )
 
+    online_store: Literal["sqlite", "redis", "postgres"] = Field(
+        "sqlite",
+        description="where services read features; the servers' addresses and passwords are "
+        "environment variables: see feature_repo/feature_store.*.yaml",
+    )
+
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")

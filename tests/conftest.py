@@ -49,6 +49,8 @@ def _missing() -> dict[str, str]:
         missing["browser"] = f"not installed: {', '.join(programs)} (see .ci/run)"
     if postgres_programs() is None:
         missing["postgres"] = "not installed: PostgreSQL's server, Debian's package postgresql"
+    if shutil.which("redis-server") is None:
+        missing["redis"] = "not installed: Redis' server, Debian's package redis-server"
     return missing
 
 

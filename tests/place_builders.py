@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from behavior_pipeline.ingest.presets import parse_preset
 
@@ -126,6 +128,34 @@ def postgres_server() -> Iterator[str]:
     finally:
         _as_server([*control, "-m", "immediate", "stop"], folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def redis_server() -> Iterator[str]:
+    """Yield `127.0.0.1:port` of a new server that asks for PASSWORD, and keeps nothing on disk."""
+    folder, port = Path(tempfile.mkdtemp(prefix="redis")), free_port()
+    settings = folder / "redis.conf"
+    settings.write_text(f'bind 127.0.0.1\nport {port}\nsave ""\nrequirepass "{PASSWORD}"\n')
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(["redis-server", settings], cwd=folder, stdout=log)
+    try:
+        _wait_for(port, server)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server lets somebody in, for half a minute at the most."""
+    for _ in range(300):
+        assert server.poll() is None, "the server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"nothing listens on port {port}")
 
 
 def _as_server(command: list[str], folder: Path) -> None:

@@ -60,6 +60,29 @@ def write_online(
     return done
 
 
+def delete_online(store: FeatureStore, view: FeatureView, user_ids: pa.Array) -> int:
+    """Remove users' rows of a view in one transaction; return how many users were there.
+
+    What is removed is overwritten with zeros, and the write-ahead file is emptied unless somebody
+    is reading just then: erasing must leave nothing behind in the file.
+    """
+    version = store.config.entity_key_serialization_version
+    keys = entity_keys(user_ids, view.join_keys[0], version)
+    table = quote_identifier(table_of(store, view))
+    there = f"SELECT entity_key FROM {table} WHERE entity_key = erased.key"
+    with closing(_connect(store)) as connection:
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE erased (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        with connection:
+            connection.executemany("INSERT OR IGNORE INTO erased VALUES (?)", zip(keys))
+            query = f"SELECT count(*) FROM erased WHERE EXISTS ({there})"
+            ((found,),) = connection.execute(query).fetchall()
+            connection.execute(f"DELETE FROM {table} WHERE entity_key IN (SELECT key FROM erased)")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return int(found)
+
+
 def table_of(store: FeatureStore, view: FeatureView) -> str:
     """Return the name of a view's table."""
     from feast.infra.online_stores.helpers import compute_table_id  # noqa: PLC0415 - takes seconds

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
-from behavior_pipeline.feature_store.online_sqlite import write_online
+from behavior_pipeline.feature_store.online import write_online
 from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
 from behavior_pipeline.feature_store.published import (
     PublishedCutoff,

@@ -14,13 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.configuration import (
+    configuration_file,
+    has_online_file,
+    online_place,
+    read_configuration,
+    speaking_to_server,
+)
 from behavior_pipeline.feature_store.exclusive import exclusive
 from behavior_pipeline.feature_store.upgrade import upgrade
 from behavior_pipeline.feature_store.versions import (
@@ -61,7 +65,8 @@ def apply_definitions(storage: Storage) -> None:
     """Make the registry what the definitions and the versions say, if it is not; see `open_store`.
 
     Raises:
-        PipelineError: if `feature_repo/` is not beside the package.
+        PipelineError: if `feature_repo/` is not beside the package, or the online store's server
+            cannot be reached.
     """
     if not _is_applied(storage):
         with exclusive(storage):
@@ -141,8 +146,9 @@ def _applied_file(storage: Storage) -> Path:
 def _fingerprint(storage: Storage) -> str:
     """Return a hash of all that the registry is made from; it holds absolute paths."""
     digest = hashlib.sha256(f"{version('feast')}\n{_location(storage)}\n".encode())
+    digest.update(f"{online_place()}\n".encode())
     folder = definitions_folder()
-    for path in [folder / "feature_store.yaml", *sorted(folder.glob("*.py"))]:
+    for path in [configuration_file(folder), *sorted(folder.glob("*.py"))]:
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
     versions = read_versions(storage)
     digest.update(f"{_in_order(versions)}\n".encode())
@@ -156,7 +162,8 @@ def _in_order(versions: Versions) -> list[int]:
 
 def _is_applied(storage: Storage) -> bool:
     """Say whether the registry on disk is the one that the definitions would make."""
-    needed = (_registry(storage), _online_file(storage), _applied_file(storage))
+    needed = [_registry(storage), _applied_file(storage)]
+    needed += [_online_file(storage)] if has_online_file() else []
     if not all(path.exists() for path in needed):
         return False
     return bool(read_json(_applied_file(storage))["fingerprint"] == _fingerprint(storage))
@@ -172,11 +179,12 @@ def _apply(storage: Storage) -> None:
     fingerprint = _fingerprint(storage)
     versions = read_versions(storage)
     known_version(versions, versions.live)
-    with writing_file(_registry(storage)) as aside:
+    with writing_file(_registry(storage)) as aside, speaking_to_server():
         store = _connect(_configuration(storage, aside))
         for number in _in_order(versions):
             store.apply(_load_definitions(storage, number, is_live=number == versions.live))
-    _online_file(storage).chmod(PRIVATE_FILE)
+    if has_online_file():
+        _online_file(storage).chmod(PRIVATE_FILE)
     write_json(_applied_file(storage), {"fingerprint": fingerprint})
 
 
@@ -187,13 +195,12 @@ def _connect(configuration: RepoConfig) -> FeatureStore:
 
 
 def _configuration(storage: Storage, registry: Path) -> RepoConfig:
-    """Read `feature_store.yaml` for a home, as Feast does, without changing the environment."""
+    """Read the chosen file for a home, as Feast does, without changing the environment."""
     from feast.repo_config import RepoConfig  # noqa: PLC0415 - see the module's docstring
 
     folder = definitions_folder()
-    template = Template((folder / "feature_store.yaml").read_text())
     variables = os.environ | {LOCATION: str(_location(storage))}
-    content = yaml.safe_load(template.safe_substitute(variables))
+    content = read_configuration(configuration_file(folder), variables)
     content["registry"]["path"] = str(registry)
     configuration = RepoConfig(**content)
     configuration.repo_path = folder

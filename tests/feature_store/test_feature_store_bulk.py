@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from feature_store_builders import (
     write_segments,
 )
 
+from behavior_pipeline.contracts import COLD_START_USER
+from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.online import delete_online, write_online
 from behavior_pipeline.feature_store.partition import VIEWS
 from behavior_pipeline.feature_store.publish import publish_view
-from behavior_pipeline.feature_store.repository import offline_folder, open_store
-from behavior_pipeline.feature_store.serialization import online_features
+from behavior_pipeline.feature_store.repository import offline_folder, open_store, view_of
+from behavior_pipeline.feature_store.serialization import entity_keys, online_features
 from behavior_pipeline.storage import Storage
 
 USERS = ["", "u", "user-ä", "日本", *(f"user-{number:03d}" for number in range(60))]
@@ -93,3 +97,32 @@ def test_vectors_with_a_null_are_refused(storage: Storage):
     batch = batch.set_column(batch.column_names.index("embedding"), "embedding", nulls)
     with pytest.raises(ValueError, match="embedding holds nulls"):
         online_features(batch.to_batches()[0], view)
+
+
+def test_removed_users_are_gone_from_the_view_and_from_the_file(storage: Storage):
+    write_all(storage)
+    for view in ("user_embedding", "user_predictions"):
+        publish_view(storage, view, NOVEMBER)
+    others = rows_of(storage, "user_predictions")
+    store = open_store(storage)
+    view = view_of(store, "user_embedding", 1)
+    gone = pa.array([USERS[2], USERS[7], "nobody", USERS[7]])
+    assert delete_online(store, view, gone) == 2
+    left = {bytes(row[0]) for row in rows_of(storage, "user_embedding")}
+    assert left == {*entity_keys(pa.array([*USERS, COLD_START_USER]), "user_id")} - {
+        *entity_keys(gone, "user_id")
+    }
+    assert rows_of(storage, "user_predictions") == others
+    assert delete_online(store, view, gone) == 0
+    content = b"".join(path.read_bytes() for path in storage.feature_store.glob("online.db*"))
+    vector = vectors(len(USERS), seed=1)[7].tobytes()
+    assert vector not in content
+    assert vectors(len(USERS), seed=1)[8].tobytes() in content
+
+
+def test_other_kinds_of_online_store_are_the_users_mistake(storage: Storage):
+    view = open_store(storage).get_feature_view("user_rfm")
+    kind = SimpleNamespace(type="dynamodb")
+    store: Any = SimpleNamespace(config=SimpleNamespace(online_store=kind))
+    with pytest.raises(PipelineError, match="of the kind 'dynamodb'"):
+        write_online(store, view, [], 0)
