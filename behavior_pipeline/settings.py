@@ -80,8 +80,10 @@ class Settings(BaseSettings):
         description="a candidate that has passed every gate goes live at once, or waits for "
         "`behavior-pipeline promote`",
     )
-    min_effective_rank: float = Field(
-        2.0, ge=0, description="gate: fewer dimensions in which users differ hold a candidate back"
+    min_rank_share: float = Field(
+        0.5,
+        ge=0,
+        description="gate: effective rank of a candidate's vectors, as a share of the live one's",
     )
     max_cold_start_share: float = Field(
         0.5, ge=0, le=1, description="gate: a larger share of users without a usable event"

@@ -77,6 +77,8 @@ def candidate_sequences(
     trained_through = datetime.fromisoformat(read_json(folder / "training.json")["trained_through"])
     outcome = future_gate(trained_through, night.windows.train_cutoff)
     recorded = _record(night, {KNOWS_NO_FUTURE: outcome})
+    if not outcome.passed:
+        return dg.MaterializeResult(metadata=recorded)  # its check ends the run
     for cutoff in night.windows.cutoffs:
         summary = write_sequences(
             lane,

@@ -103,8 +103,9 @@ def embedding_gates(
         PipelineError: if something is missing that the gates read.
     """
     found = summarize_embeddings(lane.embeddings(windows.cutoff))
+    before = summarize_embeddings(live.embeddings(windows.cutoff))
     outcomes = {
-        VECTORS_SOUND: _sound(found, settings),
+        VECTORS_SOUND: _sound(found, before.effective_rank * settings.min_rank_share),
         USERS_COVERED: _covered(found, live, lane, windows.cutoff, settings),
         ONE_CHECKPOINT: _one_checkpoint(found, lane.lane, windows.cutoff),
     }
@@ -116,17 +117,15 @@ def embedding_gates(
     return outcomes
 
 
-def _sound(found: EmbeddingStatistics, settings: Settings) -> Outcome:
+def _sound(found: EmbeddingStatistics, min_rank: float) -> Outcome:
     """Hold back vectors that are not numbers, nothing, or nearly the same for everybody."""
+    is_flat = found.effective_rank == 0 or found.effective_rank < min_rank
     faults = {
         f"{found.num_not_finite:,} vectors with a NaN or infinity": found.num_not_finite > 0,
         f"{found.num_zero_vectors:,} vectors of zeros": found.num_zero_vectors > 0,
-        f"users differ in {found.effective_rank:.2f} dimensions, "
-        f"{settings.min_effective_rank:g} are needed": (
-            found.effective_rank < settings.min_effective_rank
-        ),
+        f"users differ in {found.effective_rank:.2f} dimensions, {min_rank:.2f} needed": is_flat,
     }
-    return _of_faults(faults, {"effective_rank": found.effective_rank})
+    return _of_faults(faults, {"effective_rank": found.effective_rank, "needed": min_rank})
 
 
 def _covered(

@@ -33,6 +33,7 @@ SMALL = {
     "BEHAVIOR_NUM_SEGMENTS": "3",
     "BEHAVIOR_BOOTSTRAP_SAMPLES": "20",
     "BEHAVIOR_THREADS": "1",
+    "BEHAVIOR_MAX_PROBE_LOSS": "0.2",  # of 300 users an AUROC is noise
 }
 
 
