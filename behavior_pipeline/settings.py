@@ -101,6 +101,10 @@ class Settings(BaseSettings):
         "environment variables: see feature_repo/feature_store.*.yaml",
     )
 
+    max_nightly_probe_loss: float = Field(
+        0.05, ge=0, description="so much AUROC may yesterday's probe lose on tonight's vectors"
+    )
+
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")

@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 
 from behavior_pipeline.definitions import defs
+from behavior_pipeline.downstream.gates import GATES
 
 GROUPS = {
     "ingest": {"raw_events", "historical_events", "arrived_events"},
@@ -23,12 +24,17 @@ GROUPS = {
         "published_embeddings", "published_rfm", "published_predictions", "published_segments",
     },
     "downstream": {"predictions", "segments", "comparison", "report"},
+    "candidate": {
+        "candidate_sequences", "candidate_embeddings", "candidate_predictions",
+        "candidate_segments", "published_candidate", "live_version",
+    },
 }  # fmt: skip
 
 BLOCKING = {
     "is_history_whole", "is_arrival_whole", "are_features_before_the_cutoff",
     "are_schemas_as_agreed", "is_checkpoint_older_than_train_cutoff", "are_embeddings_sound",
     "is_read_back_equal", "are_tokens_before_the_cutoff", "is_source_schema_as_known",
+    "do_probes_hold", *GATES,
 }  # fmt: skip
 
 ALARMS = {  # these warn and let the night go on
@@ -90,7 +96,8 @@ def test_nightly_assets_share_the_daily_partitions(loaded: dg.Definitions) -> No
 
 def test_jobs_and_their_hours(loaded: dg.Definitions) -> None:
     assert {job.name for job in loaded.resolve_all_job_defs()} >= {
-        "history", "pretraining", "nightly", "pretraining_and_nightly",
+        "history", "pretraining", "nightly", "pretraining_and_nightly", "candidate", "promotion",
+        "rollback",
     }  # fmt: skip
     crons = {
         name: loaded.resolve_schedule_def(name).cron_schedule
@@ -105,7 +112,7 @@ def test_the_nightly_job_trains_nothing_and_reloads_no_history(loaded: dg.Defini
         for key in loaded.resolve_job_def("nightly").asset_layer.selected_asset_keys
     }
     assert {"arrived_events", "user_embeddings", "published_embeddings", "report"} <= keys
-    assert keys.isdisjoint({"historical_events", "checkpoint", "vocabulary"})
+    assert keys.isdisjoint({"historical_events", "checkpoint", "vocabulary", *GROUPS["candidate"]})
 
 
 def test_leaks_and_holes_are_held_back(loaded: dg.Definitions) -> None:

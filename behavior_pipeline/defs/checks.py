@@ -18,6 +18,7 @@ from behavior_pipeline.contracts import (
 )
 from behavior_pipeline.defs.partitions import nights
 from behavior_pipeline.defs.resources import Night, PipelineResource, partition_key_of
+from behavior_pipeline.downstream.gates import nightly_probes_gate
 from behavior_pipeline.embeddings.statistics import EmbeddingStatistics, summarize_embeddings
 from behavior_pipeline.encoder.live import LIVE, checkpoint_folder
 from behavior_pipeline.feature_store.published import read_published
@@ -136,6 +137,17 @@ def are_embeddings_sound(
             "norm_quantiles": {f"{share:g}": norm for share, norm in found.norm_quantiles.items()},
         },
     )
+
+
+@dg.asset_check(asset="evaluation_embeddings", blocking=True, partitions_def=nights)
+def do_probes_hold(
+    context: dg.AssetCheckExecutionContext, pipeline: PipelineResource
+) -> dg.AssetCheckResult:
+    """Yesterday's probe of churn reads tonight's vectors about as well as yesterday's."""
+    night = Night(context, pipeline)
+    opened = night.pipeline
+    found = nightly_probes_gate(opened.storage, opened.settings, night.before, night.windows)
+    return dg.AssetCheckResult(passed=found.passed, metadata={"note": found.note} | found.figures)
 
 
 @dg.asset_check(asset="published_embeddings", blocking=True, partitions_def=nights)

@@ -30,7 +30,8 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
     @dg.asset(
         name=name,
         group_name="feature_store",
-        deps=sorted({source, "user_embeddings"}),  # a night held back publishes nothing
+        # A night that is held back publishes nothing.
+        deps=sorted({source, "user_embeddings", "evaluation_embeddings"}),
         partitions_def=nights,
         backfill_policy=ONE_NIGHT_A_RUN,
         kinds={"feast", "sqlite"},

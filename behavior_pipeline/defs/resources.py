@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -65,6 +65,14 @@ class Night:
     def windows(self) -> EvaluationWindows:
         """The night's train and test cutoffs."""
         return self.pipeline.windows(self.cutoff)
+
+    @property
+    def before(self) -> EvaluationWindows | None:
+        """Those of the night before; None if there is too little history for one."""
+        try:
+            return self.pipeline.windows(self.cutoff - timedelta(days=1))
+        except PipelineError:
+            return None
 
 
 def partition_key_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> str:

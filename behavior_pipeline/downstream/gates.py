@@ -238,6 +238,51 @@ def probes_gate(
     return Outcome(passed=is_held, note=note, figures=figures)
 
 
+def nightly_probes_gate(
+    storage: Storage,
+    settings: Settings,
+    yesterday: EvaluationWindows | None,
+    tonight: EvaluationWindows,
+) -> Outcome:
+    """Hold back a night whose vectors yesterday's probes read worse than yesterday's.
+
+    A logistic regression is fitted at yesterday's train cutoff and judged at yesterday's test
+    cutoff and tonight's, each time on the vectors and labels of that cutoff. Without a yesterday of
+    the same checkpoint there is nothing to compare.
+    """
+    if yesterday is None or not _has_yesterday(storage, yesterday, tonight):
+        return Outcome(passed=True, note="there is no night before with this checkpoint")
+    targets = load_targets(storage, yesterday.train_cutoff, settings.num_targets)
+    cutoffs = (yesterday.train_cutoff, yesterday.test_cutoff, tonight.test_cutoff)
+    train, before, now = (load_population(storage, settings, at, targets) for at in cutoffs)
+    blocks = {at: _vectors(storage, at, users.user_ids)
+              for at, users in zip(cutoffs, (train, before, now), strict=True)}  # fmt: skip
+    figures: dict[str, Any] = {}
+    for name, test in (("yesterday", before), ("tonight", now)):
+        task = churn_task(train, test)
+        if not task.targets:
+            return Outcome(passed=True, note=f"churn cannot be measured: {task.left_out[0].reason}")
+        reading = {name: blocks[test.cutoff]}
+        figures |= _scores(task, blocks[train.cutoff], reading, settings)
+    lost = figures["churn_yesterday"] - figures["churn_tonight"]
+    bound = settings.max_nightly_probe_loss
+    note = f"yesterday's probe of churn loses {lost:.4f} AUROC, less than {bound:g} is allowed"
+    return Outcome(passed=lost < bound, note=note, figures=figures)
+
+
+def _has_yesterday(
+    storage: Storage, yesterday: EvaluationWindows, tonight: EvaluationWindows
+) -> bool:
+    """Tell whether yesterday's vectors and labels are there, of tonight's checkpoint."""
+    cutoffs = (yesterday.train_cutoff, yesterday.test_cutoff)
+    for at in cutoffs:
+        labels = storage.marts(at) / "labels.parquet"
+        if not (labels.exists() and any(storage.embeddings(at).glob("bucket=*.parquet"))):
+            return False
+    folders = [storage.embeddings(at) for at in (*cutoffs, tonight.test_cutoff)]
+    return len({open_vectors(folder).checkpoint_id for folder in folders}) == 1
+
+
 def _readings(
     live: Storage, lane: Storage, windows: EvaluationWindows, users: pa.Array
 ) -> dict[str, NDArray[np.float32]]:
@@ -261,6 +306,18 @@ def _losses(
     settings: Settings,
 ) -> dict[str, float]:
     """Return the mean AUROC of a task's probes by reading, and what the aligned one loses."""
+    scores = _scores(task, fitted_on, readings, settings)
+    lost = scores[f"{task.name}_live"] - scores[f"{task.name}_aligned"]
+    return scores | {f"{task.name}_lost": lost}
+
+
+def _scores(
+    task: Task,
+    fitted_on: NDArray[np.float32],
+    readings: dict[str, NDArray[np.float32]],
+    settings: Settings,
+) -> dict[str, float]:
+    """Return the mean AUROC over a task's targets of probes fitted on (N, D), by reading (M, D)."""
     blocks = (Block("vector", fitted_on[task.train_rows]),)
     probes = fit_probes(
         "logistic_regression", blocks, task.train_labels, settings.seed, settings.threads
@@ -269,6 +326,6 @@ def _losses(
     for name, vectors in readings.items():
         predicted = probes.predict((Block("vector", vectors[task.test_rows]),))
         pairs = zip(task.test_labels, predicted, strict=True)
-        scores[name] = float(np.mean([roc_auc_score(y, p[:, 1]) for y, p in pairs]))
-    figures = {f"{task.name}_{name}": score for name, score in scores.items()}
-    return figures | {f"{task.name}_lost": scores["live"] - scores["aligned"]}
+        found = np.mean([roc_auc_score(y, p[:, 1]) for y, p in pairs])
+        scores[f"{task.name}_{name}"] = float(found)
+    return scores

@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from behavior_pipeline.encoder.live import CANDIDATE, LIVE, UNTRAINED, point_to, pointed_to
 from behavior_pipeline.errors import PipelineError
@@ -20,6 +20,7 @@ from behavior_pipeline.feature_store.exclusive import exclusive
 from behavior_pipeline.feature_store.partition import OFFLINE_FILE
 from behavior_pipeline.feature_store.published import PublishedView, read_published
 from behavior_pipeline.feature_store.repository import apply_definitions, offline_folder
+from behavior_pipeline.feature_store.retirement import retire
 from behavior_pipeline.feature_store.versions import (
     VERSIONED,
     Version,
@@ -30,9 +31,6 @@ from behavior_pipeline.feature_store.versions import (
 )
 from behavior_pipeline.storage import Storage, make_private_folder
 
-KEPT_VERSIONS: Final = 3
-"""Versions to return to; the tables of older ones go when the next candidate comes."""
-
 
 def enlist(
     storage: Storage, checkpoint_id: str, untrained_id: str | None, now: datetime
@@ -40,7 +38,7 @@ def enlist(
     """Make a checkpoint the candidate, with a version of its own; return the version.
 
     Enlisting the same checkpoint again keeps its version and forgets what its gates found. Another
-    candidate is set aside.
+    candidate is set aside. Versions that nobody can return to any more go (`retirement.py`).
 
     Raises:
         PipelineError: if the checkpoint is live, or was before and can be returned to.
@@ -55,6 +53,7 @@ def enlist(
         )  # fmt: skip
         versions = _with_live_control(storage, versions).with_version(version)
         write_versions(storage, replace(versions, candidate=version.number))
+    retire(storage)
     return version
 
 

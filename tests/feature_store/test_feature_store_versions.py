@@ -253,3 +253,22 @@ def make_old(storage: Storage) -> None:
         folder / "published.json",
         {name.removesuffix("@v1"): state for name, state in published.items()},
     )
+
+
+def test_versions_that_nobody_returns_to_are_let_go(home: Storage):
+    checkpoints = [B, *(f"checkpoint-{letter}" for letter in "cdef")]
+    for checkpoint in checkpoints:
+        version = enlist(home, checkpoint, None, NOW)
+        publish(home.of_candidate(checkpoint), NOVEMBER, checkpoint, version.number)
+        record_gates(home, PASSED)
+        promote(home, ("sound",), NOW)
+    assert read_versions(home).live == 6
+    assert set(read_versions(home).known) == {3, 4, 5, 6}  # two to return to, and one that waits
+    with sqlite3.connect(home.feature_store / "online.db") as connection:
+        query = "select name from sqlite_master where type = 'table' and name like '%embedding%'"
+        tables = sorted(name for (name,) in connection.execute(query))
+    assert tables == [f"behavior_pipeline_user_embedding_v{number}" for number in (3, 4, 5, 6)]
+    assert not (home.home / "candidates" / B).exists()
+    asked = pa.table({"user_id": [USERS[0]], "event_timestamp": [OCTOBER + timedelta(days=3)]})
+    found = historical_features(home, asked, ["user_embedding:embedding"])
+    assert found["user_embedding__checkpoint_id"].to_pylist() == [A]
