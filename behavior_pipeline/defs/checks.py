@@ -226,13 +226,15 @@ def _is_whole(storage: Storage, arrival: str) -> dg.AssetCheckResult:
         "deletions": ds.dataset(found.folder / DELETIONS_FILE).count_rows(),
         "quarantined": ds.dataset(quarantine / QUARANTINE_FILE).count_rows(),
     }
-    num_kept = sum(counts.values()) + recorded["num_duplicates"]
+    num_suppressed = recorded.get("num_suppressed", 0)
+    num_kept = sum(counts.values()) + recorded["num_duplicates"] + num_suppressed
     return dg.AssetCheckResult(
         passed=recorded["num_read"] == num_kept,
         metadata={
             "num_read": recorded["num_read"],
             **{f"num_{name}_on_disk": count for name, count in counts.items()},
             "num_duplicates": recorded["num_duplicates"],
+            "num_suppressed": num_suppressed,
         },
     )
 

@@ -37,7 +37,7 @@ EVENT_COLUMNS: Final = tuple(
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """What a load did; stored + duplicates + deletions + quarantined = read.
+    """What a load did; stored + duplicates + deletions + quarantined + suppressed = read.
 
     Attributes:
         num_read: data rows read, malformed lines included.
@@ -54,6 +54,7 @@ class LoadSummary:
         reasons: quarantined rows by reason.
         late: of a day's new events, how many by age in days (`same day`, `1 day`, …).
         drift: what changed in the source's schema, gravest first.
+        num_suppressed: rows of erased users, passed over or removed since.
     """
 
     num_read: int
@@ -71,6 +72,7 @@ class LoadSummary:
     reasons: dict[str, int]
     late: dict[str, int]
     drift: list[str] = field(default_factory=list)
+    num_suppressed: int = 0
 
     @property
     def num_inserted(self) -> int:

@@ -71,6 +71,7 @@ from behavior_pipeline.storage import (
     working_alone,
     writing_folder,
 )
+from behavior_pipeline.suppression import suppressed_condition
 
 __all__ = ["HISTORY", "load_arrival"]
 
@@ -177,7 +178,8 @@ def _load(
         source = open_source(connection, found, load.workspace)
         last_seen = read_schemas(load.storage).last_seen(load.arrival)
         check_columns(load.preset.columns, source.columns, source.path, last_seen)
-        staged = stage(connection, load.preset, source, scope, place, load.workspace)
+        suppressed = suppressed_condition(connection, load.storage)
+        staged = stage(connection, load.preset, source, scope, place, load.workspace, suppressed)
     except _NOT_THE_FILES_FAULT:
         raise
     except duckdb.Error as error:
@@ -185,7 +187,7 @@ def _load(
     report(1, _NUM_STEPS, "judging")
     with naming_changed_columns(load.storage, load.arrival, load.preset, source, found.kind):
         refuse_bad_load(connection, load.preset, source, load.settings, scope.day, scope.is_bulk)
-        deduplicate(connection, load.preset, source, scope, place)
+        deduplicate(connection, load.preset, source, scope, place, suppressed)
         if scope.is_bulk:
             refuse_lost_history(connection, load.own.event_files() if load.own else [], found.path)
     drift = note_schema(connection, load.storage, load.arrival, load.preset, source, found.kind)
@@ -225,7 +227,12 @@ def _settle(
     else:
         find_changes(connection, load.arrival)
     keep_times(connection, load.own)
-    summary = summarize(connection, staged.num_read, load.arrival, is_everything=is_everything)
+    summary = summarize(
+        connection,
+        staged.num_read - staged.num_suppressed,
+        load.arrival,
+        is_everything=is_everything,
+    )
     report(3, _NUM_STEPS, "writing")
     same = load.own if load.own is not None and load.own.events_id == events_id else None
     # An arrival that says again what it said before is a load of its own: others came between.
@@ -240,7 +247,12 @@ def _settle(
         or (load.own is not None and load.own.changes_everything),
         "ingested_at": load.ingested_at.isoformat(),
     }
-    summary = replace(summary, drift=drift.lines)
+    summary = replace(
+        summary,
+        drift=drift.lines,
+        num_read=staged.num_read,
+        num_suppressed=staged.num_suppressed,
+    )
     commit_load(load.storage, load.arrival, load_id, summary, document)
     return summary
 

@@ -58,10 +58,12 @@ class Staged:
     Attributes:
         num_read: rows of the source, counted apart from staging.
         files: `user_bucket=<k>/<name>` of the accepted rows of a bulk load; none for a small one.
+        num_suppressed: rows of erased users, which were passed over.
     """
 
     num_read: int
     files: list[Path]
+    num_suppressed: int = 0
 
 
 def stage(
@@ -71,6 +73,7 @@ def stage(
     scope: Scope,
     place: str,
     workspace: Path,
+    suppressed: str = "false",
 ) -> Staged:
     """Read the source into the relations `accepted`, `deletions` and `quarantined`.
 
@@ -85,8 +88,10 @@ def stage(
         scope: which rows to take.
         place: SQL of `ingested_at` and `user_bucket`, as `placed` writes it.
         workspace: an existing folder for the files of a bulk load.
+        suppressed: SQL that says whether a row's user was erased, see `suppression.py`.
     """
-    judged = judged_rows(preset.columns, source.columns, source.plain_rows)
+    every = judged_rows(preset.columns, source.columns, source.plain_rows)
+    judged = f"SELECT * FROM ({every}) WHERE NOT {suppressed}"
     good = f"({judged}) WHERE reason IS NULL AND NOT is_deleted AND {scope.condition}"
     query = f"SELECT {EVENTS}, {place} FROM {good}"
     files = []
@@ -95,8 +100,13 @@ def stage(
     else:
         connection.execute(f"CREATE TEMP TABLE accepted AS {query}")
     _stage_deletions(connection, preset, judged, scope)
-    _stage_quarantined(connection, preset, source, scope)
-    return Staged(_count_read(connection, judged, source, scope), files)
+    num_suppressed = 0
+    if suppressed != "false":
+        rows = f"({every}) WHERE {suppressed} AND coalesce({_in_scope(scope)}, false)"
+        num_suppressed = _count(connection, rows)
+    _stage_quarantined(connection, preset, source, scope, suppressed, num_suppressed)
+    num_read = _count_read(connection, every, source, scope, num_suppressed)
+    return Staged(num_read, files, num_suppressed)
 
 
 def stage_nothing(connection: duckdb.DuckDBPyConnection, place: str) -> None:
@@ -154,14 +164,27 @@ def _stage_deletions(
     connection.execute(f"CREATE TEMP TABLE deletions AS {rows}")
 
 
+def _in_scope(scope: Scope) -> str:
+    """Return SQL that says whether a judged row is taken; a tombstone without a time always is."""
+    if scope.day is None:
+        return "true"
+    return f"coalesce({scope.condition}, reason IS NULL AND is_deleted)"
+
+
 def _stage_quarantined(
-    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: Scope
+    connection: duckdb.DuckDBPyConnection,
+    preset: Preset,
+    source: Source,
+    scope: Scope,
+    suppressed: str,
+    num_suppressed: int,
 ) -> None:
     """Keep rows that break the contract, with their number and their raw text."""
-    num_good = _count(connection, "accepted") + _count(connection, "deletions")
+    num_good = _count(connection, "accepted") + _count(connection, "deletions") + num_suppressed
     is_complete = scope.day is None and num_good == source.num_rows
     judged = judged_rows(preset.columns, source.columns, source.numbered_rows)
-    rejected = "false" if is_complete else f"reason IS NOT NULL AND {scope.condition}"
+    rejected = f"reason IS NOT NULL AND {scope.condition} AND NOT {suppressed}"
+    rejected = "false" if is_complete else rejected
     connection.execute(
         "CREATE TEMP TABLE quarantined AS "
         f"SELECT source_file, row_number, reason, column_name, {source.raw_row} AS raw_row "
@@ -175,21 +198,30 @@ def _stage_quarantined(
 
 
 def _count_read(
-    connection: duckdb.DuckDBPyConnection, judged: str, source: Source, scope: Scope
+    connection: duckdb.DuckDBPyConnection,
+    judged: str,
+    source: Source,
+    scope: Scope,
+    num_suppressed: int,
 ) -> int:
     """Count the rows of the source apart from staging, so that none can vanish between."""
     num_read = source.num_rows + source.num_malformed
     if scope.day is not None:
-        in_scope = f"coalesce({scope.condition}, reason IS NULL AND is_deleted)"
-        num_read = _count(connection, f"({judged}) WHERE {in_scope}")
+        num_read = _count(connection, f"({judged}) WHERE {_in_scope(scope)}")
     num_staged = sum(_count(connection, name) for name in ("accepted", "deletions", "quarantined"))
+    num_staged += num_suppressed
     if num_staged != num_read:
         raise AssertionError(f"read {num_read} rows, but staged {num_staged}")
     return num_read
 
 
 def deduplicate(
-    connection: duckdb.DuckDBPyConnection, preset: Preset, source: Source, scope: Scope, place: str
+    connection: duckdb.DuckDBPyConnection,
+    preset: Preset,
+    source: Source,
+    scope: Scope,
+    place: str,
+    suppressed: str = "false",
 ) -> None:
     """Create the relation `stored`: accepted rows, one for each id.
 
@@ -199,7 +231,7 @@ def deduplicate(
 
     Args:
         connection: has what `stage` left.
-        preset, source, scope: as for `stage`.
+        preset, source, scope, suppressed: as for `stage`.
         place: as `placed` gave it to `stage`.
     """
     _find_frequent(connection)
@@ -210,7 +242,8 @@ def deduplicate(
         connection.execute(f"CREATE TEMP TABLE settled AS {_number_identical_rows()}")
     else:
         judged = judged_rows(preset.columns, source.columns, source.plain_rows)
-        rows = f"({judged}) WHERE reason IS NULL AND coalesce({scope.condition}, is_deleted)"
+        rows = f"({judged}) WHERE reason IS NULL AND NOT {suppressed} "
+        rows += f"AND coalesce({scope.condition}, is_deleted)"
         _settle_frequent(connection, rows, place)
     connection.execute(
         f"CREATE TEMP VIEW stored AS SELECT {_STORED} FROM accepted "

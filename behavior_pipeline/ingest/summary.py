@@ -64,7 +64,7 @@ def summarize(
 
 def read_summary(storage: Storage, arrival: str) -> LoadSummary:
     """Return what was recorded of the load of an arrival that counts."""
-    document = load_document(storage, arrival) or {}
+    document = {"num_suppressed": 0} | (load_document(storage, arrival) or {})
     values: dict[str, Any] = {field.name: document[field.name] for field in fields(LoadSummary)}
     for name in ("first_event_at", "last_event_at"):
         values[name] = datetime.fromisoformat(values[name]) if values[name] else None

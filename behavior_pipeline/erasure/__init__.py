@@ -1,0 +1,1 @@
+"""Erasing users from everywhere below a home."""
