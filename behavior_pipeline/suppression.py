@@ -14,6 +14,7 @@ from typing import Final
 
 import duckdb
 
+from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.storage import Storage, read_json, write_json, writing_file
 
 KEY_BYTES: Final = 32
@@ -71,9 +72,18 @@ def suppressed_condition(connection: duckdb.DuckDBPyConnection, storage: Storage
 
 
 def _key(storage: Storage) -> bytes:
-    """Return the home's key, made when it is first needed."""
+    """Return the home's key, made when it is first needed.
+
+    Raises:
+        PipelineError: if there is a list but no key.
+    """
     path = _folder(storage) / "key"
     if not path.exists():
+        if _list_file(storage).exists():  # with another key nobody on the list is known any more
+            raise PipelineError(
+                f"The key of the erased users is gone: there is no {path}.",
+                "Put it back from a backup: without it erased users would come back.",
+            )
         with writing_file(path) as aside:
             aside.write_bytes(secrets.token_bytes(KEY_BYTES))
     return path.read_bytes()

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from behavior_pipeline.erasure.erase import complete_erasure
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.promotion import settle
 from behavior_pipeline.holding import holding
@@ -36,16 +37,18 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[PipelineResource]:
         """Hold the source's home while the steps of a run use this; wait for it if need be."""
         try:
-            storage = self.open().storage
+            pipeline = self.open()
         except PipelineError:
             yield self  # the first step that opens it says so
             return
+        storage = pipeline.storage
 
         def waiting() -> None:
             if context.log is not None:
                 context.log.info("Another run is at work in %s: waiting for it.", storage.home)
 
         with holding(storage, waiting):
+            complete_erasure(pipeline)  # one that was killed half-way
             settle(storage)  # a promotion that was killed half-way is completed first
             yield self
 

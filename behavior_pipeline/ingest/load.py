@@ -73,7 +73,7 @@ from behavior_pipeline.storage import (
 )
 from behavior_pipeline.suppression import suppressed_condition
 
-__all__ = ["HISTORY", "load_arrival"]
+__all__ = ["HISTORY", "content_ids", "load_arrival"]
 
 _NUM_STEPS: Final = 4
 _NOT_THE_FILES_FAULT: Final = (
@@ -215,9 +215,7 @@ def _settle(
     report: Report,
 ) -> LoadSummary:
     """Write the arrival if it says anything new; return what is recorded of it."""
-    events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
-    rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
-    content_id = _digest(events_id, rejected)
+    events_id, content_id = content_ids(connection)
     if load.own is not None and load.own.content_id == content_id:
         return replace(read_summary(load.storage, load.arrival), drift=drift.lines)
     find_versions(connection, other_arrivals(load.storage, load.arrival), load.own)
@@ -255,6 +253,13 @@ def _settle(
     )
     commit_load(load.storage, load.arrival, load_id, summary, document)
     return summary
+
+
+def content_ids(connection: duckdb.DuckDBPyConnection) -> tuple[str, str]:
+    """Return the hash of what is `stored` and of `deletions`, and that of all with `quarantined`."""
+    events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
+    rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
+    return events_id, _digest(events_id, rejected)
 
 
 def _digest(*texts: str) -> str:

@@ -16,6 +16,7 @@ import duckdb
 from behavior_pipeline.contracts import CANONICAL_EVENTS
 from behavior_pipeline.ingest.arrivals import EVENT_COLUMNS
 from behavior_pipeline.ingest.presets import Preset
+from behavior_pipeline.ingest.raw_rows import SEPARATORS
 from behavior_pipeline.ingest.sources import MALFORMED_LINES, Source
 from behavior_pipeline.ingest.validation import judged_rows
 from behavior_pipeline.sql import fetch_one, parquet, quote_text, user_bucket
@@ -27,6 +28,8 @@ BULK_ROWS: Final = 2_000_000
 
 ROW_GROUP_ROWS: Final = 122_880
 EVENTS: Final = ", ".join(EVENT_COLUMNS)
+NOBODY: Final = "false"
+"""SQL of whose rows are passed over, where nobody was erased."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def stage(
     scope: Scope,
     place: str,
     workspace: Path,
-    suppressed: str = "false",
+    suppressed: str = NOBODY,
 ) -> Staged:
     """Read the source into the relations `accepted`, `deletions` and `quarantined`.
 
@@ -101,10 +104,12 @@ def stage(
         connection.execute(f"CREATE TEMP TABLE accepted AS {query}")
     _stage_deletions(connection, preset, judged, scope)
     num_suppressed = 0
-    if suppressed != "false":
+    if suppressed != NOBODY:
         rows = f"({every}) WHERE {suppressed} AND coalesce({_in_scope(scope)}, false)"
         num_suppressed = _count(connection, rows)
-    _stage_quarantined(connection, preset, source, scope, suppressed, num_suppressed)
+    num_suppressed += _stage_quarantined(
+        connection, preset, source, scope, suppressed, num_suppressed
+    )
     num_read = _count_read(connection, every, source, scope, num_suppressed)
     return Staged(num_read, files, num_suppressed)
 
@@ -178,8 +183,12 @@ def _stage_quarantined(
     scope: Scope,
     suppressed: str,
     num_suppressed: int,
-) -> None:
-    """Keep rows that break the contract, with their number and their raw text."""
+) -> int:
+    """Keep rows that break the contract, with their number and their raw text.
+
+    Returns:
+        How many lines that are no rows were passed over, because they name an erased user.
+    """
     num_good = _count(connection, "accepted") + _count(connection, "deletions") + num_suppressed
     is_complete = scope.day is None and num_good == source.num_rows
     judged = judged_rows(preset.columns, source.columns, source.numbered_rows)
@@ -190,11 +199,25 @@ def _stage_quarantined(
         f"SELECT source_file, row_number, reason, column_name, {source.raw_row} AS raw_row "
         f"FROM ({judged}) WHERE {rejected}"
     )
-    if scope.day is None:  # a line that is no row has no day
-        connection.execute(
-            "INSERT INTO quarantined SELECT source_file, row_number, reason, NULL, raw_row "
-            f"FROM {MALFORMED_LINES}"
-        )
+    if scope.day is not None:  # a line that is no row has no day
+        return 0
+    kept = f"{MALFORMED_LINES} WHERE NOT {_names_erased(suppressed)}"
+    connection.execute(
+        f"INSERT INTO quarantined SELECT source_file, row_number, reason, NULL, raw_row FROM {kept}"
+    )
+    return source.num_malformed - _count(connection, kept)
+
+
+def _names_erased(suppressed: str) -> str:
+    """Return SQL that says whether a line that is no row names an erased user anywhere."""
+    if suppressed == NOBODY:
+        return "false"
+    values = f"unnest(regexp_split_to_array(raw_row, {quote_text(SEPARATORS)}))"
+    named = (
+        f"SELECT source_file, row_number FROM (SELECT source_file, row_number, {values} AS user_id "
+        f"FROM {MALFORMED_LINES}) WHERE {suppressed}"
+    )
+    return f"(source_file, row_number) IN ({named})"
 
 
 def _count_read(
@@ -221,7 +244,7 @@ def deduplicate(
     source: Source,
     scope: Scope,
     place: str,
-    suppressed: str = "false",
+    suppressed: str = NOBODY,
 ) -> None:
     """Create the relation `stored`: accepted rows, one for each id.
 

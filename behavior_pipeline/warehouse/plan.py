@@ -112,13 +112,23 @@ def load_plan(
     """
     variables = task_variables(settings, preset, windows)
     fingerprint = _fingerprint(variables)
-    kept = storage.home / "warehouse_plan.json"
+    kept = _kept_file(storage)
     content = read_json(kept) if kept.is_file() else {}
     if content.get("fingerprint") != fingerprint:
         report(0, 1, "compiling the models")
         content = asdict(_compile(storage, variables, fingerprint))
         write_json(kept, content)
     return _plan_of(content)
+
+
+def kept_plan(storage: Storage) -> Plan | None:
+    """Return the plan that was loaded last, None before the first one."""
+    kept = _kept_file(storage)
+    return _plan_of(read_json(kept)) if kept.is_file() else None
+
+
+def _kept_file(storage: Storage) -> Path:
+    return storage.home / "warehouse_plan.json"
 
 
 def plan_from_manifest(manifest: Mapping[str, Any], fingerprint: str) -> Plan:
