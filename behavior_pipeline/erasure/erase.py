@@ -76,9 +76,13 @@ def erase(
             "Leave it out.",
         )
     with holding(pipeline.storage):
-        complete_erasure(pipeline, report)
+        pending = _pending_file(pipeline.storage)
+        is_begun = pending.exists() and read_json(pending)["user_ids"] == users
+        completed = complete_erasure(pipeline, report)
+        if is_begun and completed is not None:
+            return completed
         erasure_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
-        write_json(_pending_file(pipeline.storage), {"id": erasure_id, "user_ids": users})
+        write_json(pending, {"id": erasure_id, "user_ids": users})
         receipt = complete_erasure(pipeline, report)
     assert receipt is not None, "it is pending"  # noqa: S101 - for the types
     return receipt
@@ -145,6 +149,7 @@ class _Work:
         """Find what there is, then remove it: databases, stores, files; then mend the records."""
         shutil.rmtree(self.storage.scratch, ignore_errors=True)
         self.report(0, 1, "looking")
+        views = online_views(self.storage)  # first: files of an older release move when it opens
         event_ids = self._event_ids()
         by_event = Removal("event_id", event_ids)
         of_ids = _Step(list(find_affected(self._files_of_ids(), by_event)), by_event.without)
@@ -156,7 +161,6 @@ class _Work:
             without_quarantined(self.mapping, names),
         )
         steps = (of_ids, of_quarantine, of_users)
-        views = online_views(self.storage)
         self._note(steps)
         self.total = sum(len(step.files) for step in steps) + len(views) + 2
         self._databases(event_ids)

@@ -256,7 +256,7 @@ def _settle(
 
 
 def content_ids(connection: duckdb.DuckDBPyConnection) -> tuple[str, str]:
-    """Return the hash of what is `stored` and of `deletions`, and that of all with `quarantined`."""
+    """Return the hash of `stored` and `deletions`, and the hash of these and `quarantined`."""
     events_id = _content_id(connection, stored=EVENT_COLUMNS, deletions=("event_id",))
     rejected = _content_id(connection, quarantined=_QUARANTINE_COLUMNS)
     return events_id, _digest(events_id, rejected)
