@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 def places_with(home: Path, names: Iterable[str]) -> list[str]:
     """Return the files below a home in which one of the names stands, and how it was found."""
     wanted = [name.encode() for name in names]
-    found = []
-    for path in sorted(path for path in home.rglob("*") if path.is_file()):
-        place = str(path.relative_to(home))
-        if _has(path.read_bytes(), wanted):
-            found.append(f"{place}: bytes")
-        if _has(_decoded(path), wanted):
-            found.append(f"{place}: content")
-    return found
+    files = sorted(path for path in home.rglob("*") if path.is_file())
+    # All bytes first: opening a database may clear away the log of whoever was killed.
+    raw = [path for path in files if _has(path.read_bytes(), wanted)]
+    decoded = [path for path in files if path.exists() and _has(_decoded(path), wanted)]
+    return [f"{path.relative_to(home)}: bytes" for path in raw] + [
+        f"{path.relative_to(home)}: content" for path in decoded
+    ]
 
 
 def _has(content: bytes, wanted: list[bytes]) -> bool:
