@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import versions
+from behavior_pipeline.commands import erase, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -228,6 +228,7 @@ def version() -> None:
 
 
 versions.register(app)
+erase.register(app)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from behavior_pipeline.erasure.erase import complete_pending
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.promotion import settle
 from behavior_pipeline.holding import holding
@@ -46,7 +47,8 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 context.log.info("Another run is at work in %s: waiting for it.", storage.home)
 
         with holding(storage, waiting):
-            settle(storage)  # a promotion that was killed half-way is completed first
+            settle(storage)  # what was killed half-way is completed first
+            complete_pending(storage)
             yield self
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of files from which users were erased, counted anew from the files themselves."""
+"""Records of files from which users were erased, counted anew from the files themselves."""
 
 from __future__ import annotations
 
