@@ -60,6 +60,13 @@ personalization = _service(
     ],
 )
 
+training_set = _service(
+    "training_set",
+    "model",
+    "What `behavior-pipeline training-set` puts beside labels.",
+    [user_embedding, user_rfm, user_predictions],
+)
+
 user_profile = _service(
     "user_profile",
     "people",
@@ -69,4 +76,5 @@ user_profile = _service(
 
 churn_model_pinned = _pinned(churn_model)
 personalization_pinned = _pinned(personalization)
+training_set_pinned = _pinned(training_set)
 user_profile_pinned = _pinned(user_profile)
