@@ -157,6 +157,10 @@ class Storage:
         """Every user's segment at a cutoff: `segments.parquet` and `profiles.json`."""
         return self.lane_folder / "segments" / cutoff_folder(cutoff)
 
+    def similar_users(self, cutoff: datetime) -> Path:
+        """Every user's nearest neighbours at a cutoff: `similar_users.parquet`, and their index."""
+        return self.home / "similar_users" / cutoff_folder(cutoff)
+
     def reports(self, cutoff: datetime) -> Path:
         """`comparison.json` and `report.html` of a night."""
         return self.home / "reports" / f"{cutoff:%Y-%m-%d}"
