@@ -137,5 +137,4 @@ class NeighborIndex:
         """Return a vector (1, D) as the index holds it."""
         if isinstance(self._index, faiss.IndexIVF):
             self._index.make_direct_map()
-        vector: Vectors = self._index.reconstruct(number)[None]
-        return vector
+        return np.asarray(self._index.reconstruct(number), np.float32)[None]

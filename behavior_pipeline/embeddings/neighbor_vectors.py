@@ -218,8 +218,7 @@ def _centers(folder: EmbeddingFolder, members: Members, num_lists: int, seed: in
         min_points_per_centroid=1, max_points_per_centroid=SAMPLE_OF_LIST,
     )  # fmt: skip
     model.train(points)
-    centers: Vectors = model.centroids
-    return centers
+    return np.asarray(model.centroids, np.float32)
 
 
 def _numbered(folder: EmbeddingFolder, members: Members) -> Iterator[tuple[Integers, Vectors]]:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -171,8 +171,8 @@ class PointInTimeJoin:
 
     def _files(self, view: str, cutoffs: pa.ChunkedArray) -> list[Path]:
         """Return the published files of some cutoffs; of any one, to know the types, for none."""
-        folder = Path(self.store.get_feature_view(view).batch_source.path)
-        files = sorted(folder.glob("cutoff=*/features.parquet"))
+        source: Any = self.store.get_feature_view(view).batch_source
+        files = sorted(Path(source.path).glob("cutoff=*/features.parquet"))
         days = {f"{day:%Y-%m-%d}" for day in pc.unique(cutoffs).to_pylist() if day is not None}
         found = [file for file in files if file.parent.name.partition("=")[2] in days]
         return found or files[-1:]

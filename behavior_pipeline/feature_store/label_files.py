@@ -151,7 +151,8 @@ class LabelFile:
         try:
             zoned, plain = (part.cast(type_) for part, type_ in parts)
         except pa.ArrowInvalid:
-            row = min(row for part in parts if (row := _first_failing(*part)) is not None)
+            failing = [_first_failing(*part) for part in parts]
+            row = min(row for row in failing if row is not None)
             value = column[row].as_py()
             raise self._mistake(
                 first_row + row, self.time_column, f"'{value}' is no time"

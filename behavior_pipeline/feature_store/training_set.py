@@ -135,7 +135,7 @@ def _write(
     first = next(chunks, None)
     if first is None:
         raise PipelineError(f"{source.path} holds no row.", "There is nothing to look up.")
-    num_rows = first.num_rows
+    num_rows: int = first.num_rows
     with closing(pq.ParquetWriter(aside, first.schema, compression="zstd")) as writer:
         writer.write_table(first)
         for chunk in chunks:
