@@ -85,19 +85,24 @@ def test_it_equals_a_loop_with_ties_by_id(
         patch.setattr(neighbor_search, "MARGIN", 0)
         patch.setattr(similar_users, "EXPANDED_USERS", 2)
         rows = find(storage, Settings(threads=1), num_similar_users=num)
-    expected = brute_force(users, values, num)
-    for user in users:
-        found = rows[user]["similar_user_ids"]
-        cosines = rows[user]["similarities"]
-        assert len(found) == len(cosines) == len(expected[user])
-        assert list(np.argsort(-np.round(cosines, 5), kind="stable")) == list(range(len(found)))
-        # a cosine may be rounded to either side of a tie: compare the sets at each distance
-        assert sorted(found) == sorted(expected[user]) or _is_tied(cosines)
-
-
-def _is_tied(cosines: list[float]) -> bool:
-    """Two last cosines differ by a rounding: which of the tied came in is no mistake."""
-    return len(cosines) == 0 or bool(np.isclose(cosines, cosines[-1], atol=1e-6).any())
+    units = values / np.maximum(np.linalg.norm(values, axis=1), 1e-9)[:, None]
+    cosines = units @ units.T
+    has_neighbors = values.any(axis=1)
+    for row, user in enumerate(users):
+        found = [users.index(name) for name in rows[user]["similar_user_ids"]]
+        stated = rows[user]["similarities"]
+        others = [other for other in np.flatnonzero(has_neighbors) if other != row]
+        if not has_neighbors[row]:
+            assert found == stated == []
+            continue
+        best = sorted((cosines[row, other] for other in others), reverse=True)[:num]
+        assert np.allclose(stated, best, atol=1e-6)
+        assert np.allclose(stated, cosines[row, found], atol=1e-6)
+        ranked = list(zip([-cosine for cosine in stated], found, strict=True))
+        assert ranked == sorted(set(ranked))  # equal cosines are in the order of the ids
+        for other in found:  # of equal vectors, those with the smallest ids
+            equals = [one for one in others if (values[one] == values[other]).all()]
+            assert all(one in found for one in equals if one < other)
 
 
 def test_equal_vectors_are_ordered_by_id_and_never_name_the_user(
@@ -116,8 +121,9 @@ def test_equal_vectors_are_ordered_by_id_and_never_name_the_user(
 def test_cold_users_have_no_neighbours_and_are_nobodys(storage: Storage, settings: Settings):
     users = names_of(12)
     write_embeddings(storage, NOVEMBER, users, grouped(12))
-    path = storage.embeddings(NOVEMBER) / "bucket=0.parquet"
+    path = storage.embeddings(NOVEMBER) / "bucket=1.parquet"
     table = pq.read_table(path)
+    assert COLD_START_USER not in table["user_id"].to_pylist()
     is_cold = pa.array([True] + [False] * (table.num_rows - 1))
     at = table.column_names.index("is_cold_start")
     pq.write_table(table.set_column(at, "is_cold_start", is_cold), path)
@@ -250,7 +256,7 @@ def test_feast_serves_the_neighbours(storage: Storage, settings: Settings):
     assert lookup(storage, "nobody")["similar_users__similar_user_ids"] is None
 
 
-def test_the_command_shows_them(storage: Storage, settings: Settings, tmp_path: Path):
+def test_the_command_shows_them(settings: Settings, tmp_path: Path):
     home = Storage(tmp_path / "data" / "simulated")
     write_embeddings(home, NOVEMBER, names_of(30), grouped(30))
     find_similar_users(home, settings, NOVEMBER, NOVEMBER)
