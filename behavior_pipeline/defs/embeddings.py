@@ -12,8 +12,8 @@ from behavior_pipeline.defs.resources import Night, PipelineResource, now
 from behavior_pipeline.embeddings.alignment import Alignment
 from behavior_pipeline.embeddings.candidates import states_to_start_from
 from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
-from behavior_pipeline.embeddings.states import newest_states
 from behavior_pipeline.embeddings.similar_users import find_similar_users
+from behavior_pipeline.embeddings.states import newest_states
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
 
 

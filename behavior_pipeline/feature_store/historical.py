@@ -11,9 +11,11 @@ cutoff. Joining vectors in Feast's query would carry every night within the TTL 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +25,12 @@ import pyarrow.parquet as pq
 
 from behavior_pipeline.contracts import TIMESTAMP
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.feature_store.repository import full_name, offline_folder, open_store
+from behavior_pipeline.feature_store.repository import (
+    full_name,
+    offline_folder,
+    open_store,
+    view_of,
+)
 from behavior_pipeline.sql import open_engine, parquet, quote_identifier
 from behavior_pipeline.storage import Storage
 
@@ -34,6 +41,8 @@ JOIN_ROWS: Final = 50_000  # rows asked for in one join: bounds its memory
 ORIGIN: Final = ("cutoff_at", "checkpoint_id")  # what says where a value comes from
 ROW_NUMBER: Final = "asked_row_number"
 WRITTEN_AT: Final = "written_at"
+FOREVER: Final = datetime(9999, 1, 1, tzinfo=UTC)
+VERSION_IN_NAME: Final = re.compile(r"@v(\d+)")
 JOIN_MEMORY: Final = "1GB"  # of the query that fetches values
 
 
@@ -50,7 +59,8 @@ def historical_features(
         storage: the home.
         entities: columns `user_id` (string) and `event_timestamp` (timestamp; UTC if it names no
             zone); other columns are handed through.
-        service_or_features: name of a feature service, or features as `view:feature`.
+        service_or_features: name of a feature service, or features as `view:feature`, of a certain
+            version as `view@vN:feature`.
         as_published: use only rows that had been written by the moment asked for.
 
     Returns:
@@ -109,13 +119,13 @@ class PointInTimeJoin:
 
     @property
     def views(self) -> list[str]:
-        """The views that are asked for."""
-        return _views(self.references)
+        """The views that are asked for, each of one version."""
+        return [_plain(view) for view in _views(self.references)]
 
     @property
     def columns(self) -> list[str]:
         """Full names of what is asked for, `view__feature`."""
-        return [full_name(*reference.split(":")) for reference in self.references]
+        return [full_name(*_plain(reference).split(":")) for reference in self.references]
 
     def features_of(self, asked: pa.Table) -> pa.Table:
         """Return `columns` for some rows in their order, and each view's `<view>__written_at`.
@@ -125,8 +135,9 @@ class PointInTimeJoin:
         """
         cutoffs = self._cutoffs(asked)
         found: dict[str, pa.ChunkedArray] = {}
-        for view in self.views:
-            found |= self._values(view, asked, cutoffs.column(full_name(view, "cutoff_at")))
+        for view in _views(self.references):
+            known = cutoffs.column(full_name(_plain(view), "cutoff_at"))
+            found |= self._values(view, asked, known)
         _check_no_leak(asked, found, self.views, as_published=self.as_published)
         written = [full_name(view, WRITTEN_AT) for view in self.views]
         return pa.table({name: found[name] for name in [*self.columns, *written]})
@@ -140,7 +151,7 @@ class PointInTimeJoin:
             warnings.simplefilter("ignore", DeprecationWarning)
             joined = self.store.get_historical_features(
                 entity_df=numbered.to_pandas(),
-                features=[f"{view}:cutoff_at" for view in self.views],
+                features=[f"{view}:cutoff_at" for view in _views(self.references)],
                 full_feature_names=True,
                 filter_by_created_timestamp=self.as_published,
             ).to_arrow()
@@ -157,22 +168,30 @@ class PointInTimeJoin:
         ]
         files = self._files(view, cutoffs)
         columns = list(dict.fromkeys([*names, WRITTEN_AT]))
+        latest = pa.scalar(None if self.as_published else FOREVER, TIMESTAMP)
         wanted = pa.table(
             {
                 ROW_NUMBER: pa.array(range(asked.num_rows), pa.int64()),
                 "user_id": asked["user_id"],
                 "cutoff_at": cutoffs.cast(TIMESTAMP),
+                "written_by": pc.coalesce(latest, asked["event_timestamp"]),
             }
         )
         rows = _fetch(self.storage, files, wanted.filter(wanted["cutoff_at"].is_valid()), columns)
         places = pc.index_in(wanted[ROW_NUMBER], value_set=rows[ROW_NUMBER].combine_chunks())
         taken = rows.take(places)
-        return {full_name(view, name): taken[name] for name in columns}
+        return {full_name(_plain(view), name): taken[name] for name in columns}
 
     def _files(self, view: str, cutoffs: pa.ChunkedArray) -> list[Path]:
         """Return the published files of some cutoffs; of any one, to know the types, for none."""
-        source: Any = self.store.get_feature_view(view).batch_source
-        files = sorted(Path(source.path).glob("cutoff=*/features.parquet"))
+        version = _version(view)
+        defined = (
+            view_of(self.store, _plain(view), version)
+            if version
+            else self.store.get_feature_view(view)
+        )
+        source: Any = defined.batch_source
+        files = sorted(Path(source.path).glob("cutoff=*/*.parquet"))
         days = {f"{day:%Y-%m-%d}" for day in pc.unique(cutoffs).to_pylist() if day is not None}
         found = [file for file in files if file.parent.name.partition("=")[2] in days]
         return found or files[-1:]
@@ -202,12 +221,27 @@ def _references(store: FeatureStore, wanted: str | Sequence[str]) -> list[str]:
     ]
     if isinstance(wanted, str):
         wanted = _service_references(store, wanted)
-    unknown = [reference for reference in wanted if reference not in known]
+    unknown = [reference for reference in wanted if _plain(reference) not in known]
     if unknown or not wanted:
         name = unknown[0] if unknown else ""
         raise PipelineError(f"There is no feature '{name}'.", f"Use one of {', '.join(known)}.")
+    _check_versions(store, _views(wanted))
     origins = [f"{view}:{name}" for view in _views(wanted) for name in ORIGIN]
-    return list(dict.fromkeys([*(origin for origin in origins if origin in known), *wanted]))
+    there = [origin for origin in origins if _plain(origin) in known]
+    return list(dict.fromkeys([*there, *wanted]))
+
+
+def _check_versions(store: FeatureStore, views: list[str]) -> None:
+    """Refuse versions that are not there, and two of one view: their columns share a name."""
+    for view in views:
+        if (version := _version(view)) is not None:
+            view_of(store, _plain(view), version)
+    plain = [_plain(view) for view in views]
+    twice = [view for view in plain if plain.count(view) > 1]
+    if twice:
+        raise PipelineError(
+            f"Two versions of {twice[0]} were asked for.", "Ask for them one after the other."
+        )
 
 
 def _service_references(store: FeatureStore, name: str) -> list[str]:
@@ -218,23 +252,40 @@ def _service_references(store: FeatureStore, name: str) -> list[str]:
             f"There is no feature service '{name}'.", f"Use one of {', '.join(sorted(services))}."
         )
     return [
-        f"{projection.name}:{field.name}"
+        f"{_pinned(projection.name, projection.version_tag)}:{field.name}"
         for projection in services[name].feature_view_projections
         for field in projection.features
     ]
 
 
+def _pinned(view: str, version: int | None) -> str:
+    """Return a view's name with its version, as Feast writes it."""
+    return view if version is None else f"{view}@v{version}"
+
+
+def _plain(name: str) -> str:
+    """Return the name of a view or feature without the version."""
+    return VERSION_IN_NAME.sub("", name)
+
+
+def _version(view: str) -> int | None:
+    """Return the version in a view's name."""
+    found = VERSION_IN_NAME.search(view)
+    return int(found.group(1)) if found else None
+
+
 def _views(references: Sequence[str]) -> list[str]:
-    """Return the views that features are of, each once."""
+    """Return the views that features are of, each once, `user_embedding@v2` with its version."""
     return list(dict.fromkeys(reference.partition(":")[0] for reference in references))
 
 
 def _check_published(storage: Storage, references: list[str]) -> None:
     """Refuse views without any history: Feast would only say that files are missing."""
     for view in _views(references):
-        if not any(offline_folder(storage, view).glob("cutoff=*/*.parquet")):
+        folder = offline_folder(storage, _plain(view), _version(view))
+        if not any(folder.glob("cutoff=*/*.parquet")):
             raise PipelineError(
-                f"The view '{view}' was never published.", "Publish a cutoff of it first."
+                f"The view '{_plain(view)}' was never published.", "Publish a cutoff of it first."
             )
 
 
@@ -243,8 +294,8 @@ def _fetch(
 ) -> pa.Table:
     """Return columns of the published rows of users at cutoffs, in the types of the files.
 
-    A row of `wanted` (row number, user, cutoff) without a published row is absent, each other is
-    there once.
+    A row of `wanted` (row number, user, cutoff, written by when) without a published row is absent,
+    each other is there once. Where two versions wrote the same cutoff, the newer writing counts.
     """
     names = ", ".join(f"published.{quote_identifier(name)}" for name in columns)
     with open_engine(JOIN_MEMORY, 1, storage.scratch / "feature_store") as engine:
@@ -252,7 +303,10 @@ def _fetch(
         found = engine.execute(
             f"select wanted.{ROW_NUMBER}, {names} from wanted join {parquet(files)} as published "
             "on published.user_id = wanted.user_id "
-            "and published.observation_cutoff = wanted.cutoff_at"
+            "and published.observation_cutoff = wanted.cutoff_at "
+            f"where published.{WRITTEN_AT} <= wanted.written_by "
+            f"qualify row_number() over (partition by wanted.{ROW_NUMBER} "
+            f"order by published.{WRITTEN_AT} desc, published.filename) = 1"
         ).to_arrow_table()
     schema = pq.read_schema(files[-1])
     fields = [schema.field(name) for name in columns]

@@ -24,8 +24,8 @@ from feature_store_builders import (
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.feature_store.online import delete_online, write_online
 from behavior_pipeline.feature_store.list_serialization import float_lists, string_lists
+from behavior_pipeline.feature_store.online import delete_online, write_online
 from behavior_pipeline.feature_store.partition import VIEWS
 from behavior_pipeline.feature_store.publish import publish_view
 from behavior_pipeline.feature_store.repository import offline_folder, open_store, view_of

@@ -42,13 +42,19 @@ NIGHTS = {  # who is in the night's partition, and how long after its cutoff it 
 VIEWS = ("user_embedding", "user_rfm", "user_predictions")
 
 
-def write_when(storage: Storage, view: str, cutoff: datetime, written_at: datetime) -> None:
-    """Make a published partition say when it was written."""
+def rewrite(
+    storage: Storage, view: str, cutoff: datetime, written_at: datetime, checkpoint: str
+) -> None:
+    """Make a published partition say when it was written, and by which checkpoint."""
     path = offline_folder(storage, view) / f"cutoff={cutoff:%Y-%m-%d}" / "features.parquet"
     table = pq.read_table(path)
-    at = table.column_names.index("written_at")
-    column = pa.array([written_at] * table.num_rows, TIMESTAMP)
-    pq.write_table(table.set_column(at, "written_at", column), path)
+    values = {
+        "written_at": pa.repeat(pa.scalar(written_at, TIMESTAMP), table.num_rows),
+        "checkpoint_id": pa.repeat(pa.scalar(checkpoint), table.num_rows),
+    }
+    for name in set(values) & set(table.column_names):
+        table = table.set_column(table.column_names.index(name), name, values[name])
+    pq.write_table(table, path)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +63,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("training_set") / "data" / "test")
     for number, (cutoff, (users, delay)) in enumerate(NIGHTS.items()):
         checkpoint = "checkpoint-b" if cutoff == NOVEMBER else "checkpoint-a"
-        write_embeddings(storage, cutoff, users, vectors(len(users), number), [checkpoint])
+        write_embeddings(storage, cutoff, users, vectors(len(users), number))
         write_rfm(storage, cutoff, users)
         write_predictions(storage, cutoff, users)
         for view in VIEWS:
             publish_view(storage, view, cutoff)
-            write_when(storage, view, cutoff, cutoff + delay)
+            rewrite(storage, view, cutoff, cutoff + delay, checkpoint)
     return storage
 
 
