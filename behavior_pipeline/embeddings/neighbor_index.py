@@ -24,6 +24,7 @@ INDEX_FILE: Final = "index.faiss"
 USERS_FILE: Final = "users.parquet"
 ABOUT_FILE: Final = "index.json"
 SEARCH_PROBES: Final = 32  # lists searched for one user
+SAMPLE: Final = 32_768  # vectors that the ranges of the 8 bits are found from, at the least
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,23 @@ def _clustered(lists: VectorLists) -> Any:
     for which in range(lists.num_lists):
         vectors, numbers = lists.read(np.array([which]))
         if len(vectors):
+            _reserve(index, which, len(vectors))
             index.add_with_ids(vectors, numbers)
     index.nprobe = SEARCH_PROBES
     return index
 
 
+def _reserve(index: Any, which: int, num_vectors: int) -> None:
+    """Make room for a list at once: grown vector by vector, lists take twice what they need."""
+    lists = faiss.downcast_InvertedLists(index.invlists)
+    lists.resize(which, num_vectors)
+    lists.resize(which, 0)
+
+
 def _sample(lists: VectorLists) -> Vectors:
     """Return the first vectors of every list, from which the ranges of the 8 bits are found."""
-    return np.concatenate([lists.read(np.array([n]))[0][:64] for n in range(lists.num_lists)])
+    most = -(-SAMPLE // lists.num_lists)
+    return np.concatenate([lists.read(np.array([n]))[0][:most] for n in range(lists.num_lists)])
 
 
 class NeighborIndex:

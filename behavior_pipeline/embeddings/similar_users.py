@@ -79,17 +79,16 @@ def find_similar_users(
         vectors = aside / "vectors.f32"
         lists = _lists(folder, members, settings, vectors)
         num = min(settings.num_similar_users, max(len(members.users) - 1, 0))
-        ranks, similarities = _all_neighbors(lists, members, num, report)
-        facts = _facts(folder, lists, members, cutoff, settings.num_similar_users)
         origin = {
             "observation_cutoff": cutoff,
             "checkpoint_id": folder.checkpoint_id,
             "written_at": written_at,
         }
-        _write(aside / NEIGHBORS_FILE, members, ranks, similarities, origin)
+        _write(aside / NEIGHBORS_FILE, members, _all_neighbors(lists, members, num, report), origin)
+        facts = _facts(folder, lists, members, cutoff, settings.num_similar_users)
         write_index(aside, lists, members, facts)
         vectors.unlink()
-    with_neighbors = int((ranks[:, :1] >= 0).sum())
+    with_neighbors = len(members.users) if num else 0
     return SimilarUsersSummary(len(members.user_ids), with_neighbors, facts)
 
 
@@ -196,12 +195,12 @@ def _facts(
 def _write(
     path: Path,
     members: Members,
-    ranks: NDArray[np.int32],
-    similarities: Vectors,
+    neighbors: tuple[NDArray[np.int32], Vectors],
     origin: dict[str, object],
 ) -> None:
     """Write the neighbours of all users in the contract's order."""
     schema = SIMILAR_USERS.schema
+    ranks, similarities = neighbors
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(ranks), WRITE_ROWS):
             block = slice(start, start + WRITE_ROWS)
