@@ -16,6 +16,7 @@ from behavior_pipeline.embeddings.neighbor_index import (
 )
 from behavior_pipeline.embeddings.neighbor_vectors import EmbeddingFolder
 from behavior_pipeline.embeddings.similar_users import NEIGHBORS_FILE
+from behavior_pipeline.encoder.live import LIVE, pointed_to
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.storage import Storage
 from behavior_pipeline.windows import parse_cutoff
@@ -47,10 +48,10 @@ def similar_to(storage: Storage, user_id: str, num: int, *, is_exact: bool = Fal
     Raises:
         PipelineError: if no neighbours were found yet, or the user has no embedding.
     """
-    folder = newest_folder(storage)
+    folder, lane = newest_folder(storage)
     facts = read_facts(folder)
     if is_exact:
-        embeddings = EmbeddingFolder.open(storage.embeddings(parse_cutoff(facts.cutoff)))
+        embeddings = EmbeddingFolder.open(lane.embeddings(parse_cutoff(facts.cutoff)))
         found = exact_neighbors(embeddings, user_id, num)
     elif num <= facts.num_neighbors:
         found = _known(folder, user_id, num)
@@ -64,19 +65,29 @@ def similar_to(storage: Storage, user_id: str, num: int, *, is_exact: bool = Fal
     return SimilarTo(found, facts, is_exact or facts.is_exact)
 
 
-def newest_folder(storage: Storage) -> Path:
-    """Return where the neighbours of the newest cutoff are.
+def newest_folder(storage: Storage) -> tuple[Path, Storage]:
+    """Return where the live checkpoint's newest neighbours are, and in which lane.
+
+    A checkpoint that went live since the last night left them in the lane that it came by.
 
     Raises:
         PipelineError: if there are none.
     """
-    found = sorted(storage.all_similar_users.glob(f"cutoff=*/{ABOUT_FILE}"))
+    live = pointed_to(storage.checkpoints, LIVE)
+    lanes = [storage.of_candidate(live), storage] if live else [storage]
+    found = [
+        (about.parent.name, about.parent, lane)
+        for lane in lanes
+        for about in lane.all_similar_users.glob(f"cutoff=*/{ABOUT_FILE}")
+        if live in (None, read_facts(about.parent).checkpoint_id)
+    ]
     if not found:
         raise PipelineError(
             f"No similar users were found yet in {storage.all_similar_users}.",
             "Run the pipeline for this source first: behavior-pipeline run.",
         )
-    return found[-1].parent
+    _, folder, lane = max(found, key=lambda one: one[0])
+    return folder, lane
 
 
 def _known(folder: Path, user_id: str, num: int) -> Similar | None:

@@ -21,6 +21,7 @@ from behavior_pipeline.embeddings.neighbor_index import NeighborIndex, read_fact
 from behavior_pipeline.embeddings.neighbor_vectors import EmbeddingFolder
 from behavior_pipeline.embeddings.similar_to import similar_to
 from behavior_pipeline.embeddings.similar_users import find_similar_users
+from behavior_pipeline.encoder.live import LIVE, point_to
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.feature_store.lookup import lookup
 from behavior_pipeline.feature_store.publish import publish_view
@@ -267,3 +268,22 @@ def test_the_command_shows_them(settings: Settings, tmp_path: Path):
     outcome = CliRunner().invoke(app, ["similar", "nobody", *place])
     assert outcome.exit_code == 2
     assert "has no embedding" in outcome.output
+
+
+def test_after_a_promotion_the_lane_of_the_live_checkpoint_answers(
+    storage: Storage, settings: Settings
+):
+    lane = storage.of_candidate("b")
+    for place, checkpoint, seed in ((storage, "a", 1), (lane, "b", 2)):
+        write_embeddings(place, NOVEMBER, names_of(30), grouped(30, seed), [checkpoint])
+        find_similar_users(place, settings, NOVEMBER, NOVEMBER)
+    for live, seed in (("a", 1), ("b", 2)):
+        point_to(storage.checkpoints, LIVE, live)
+        for is_exact in (False, True):
+            found = similar_to(storage, "user-0007", 5, is_exact=is_exact)
+            assert found.facts.checkpoint_id == live
+            truth = brute_force(names_of(30), grouped(30, seed), 5)["user-0007"]
+            assert [name for name, _ in found.neighbors] == truth
+    point_to(storage.checkpoints, LIVE, "c")
+    with pytest.raises(PipelineError, match="No similar users were found yet"):
+        similar_to(storage, "user-0007", 5)
