@@ -42,7 +42,8 @@ def similar(
     facts = found.facts
     kind = "compared with everyone" if found.is_exact else f"recall about {facts.recall:.3f}"
     title = f"most like {user} at {facts.cutoff}, checkpoint {facts.checkpoint_id}, {kind}"
-    table = Table(title=Text(title), title_justify="left")
+    console.print(Text(title))
+    table = Table()
     table.add_column("user", overflow="fold")
     table.add_column("cosine", justify="right")
     for name, cosine in found.neighbors:

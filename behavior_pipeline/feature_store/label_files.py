@@ -134,10 +134,8 @@ class LabelFile:
         try:
             return column.cast(TIMESTAMP)
         except pa.ArrowInvalid:
-            row = _first_failing(column, TIMESTAMP)
-            raise self._mistake(
-                first_row + row, self.time_column, "the time is out of range"
-            ) from None
+            row = first_row + (_first_failing(column, TIMESTAMP) or 0)
+            raise self._mistake(row, self.time_column, "the time is out of range") from None
 
     def _parsed(self, column: pa.ChunkedArray, first_row: int) -> pa.ChunkedArray:
         """Return texts as moments: with their zone, or in UTC."""
