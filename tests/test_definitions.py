@@ -27,7 +27,7 @@ GROUPS = {
     "downstream": {"predictions", "segments", "comparison", "report"},
     "candidate": {
         "candidate_sequences", "candidate_embeddings", "candidate_predictions",
-        "candidate_segments", "published_candidate", "live_version",
+        "candidate_segments", "candidate_similar_users", "published_candidate", "live_version",
     },
 }  # fmt: skip
 
