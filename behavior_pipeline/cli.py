@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import erase, versions
+from behavior_pipeline.commands import erase, similar, training_set, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -229,6 +229,8 @@ def version() -> None:
 
 versions.register(app)
 erase.register(app)
+training_set.register(app)
+similar.register(app)
 
 
 def main() -> None:
@@ -258,6 +260,8 @@ def _show_comparison(folder: Path) -> None:
 def _short(value: Any) -> str:
     """Write a feature's value on one line; a vector shows its beginning and its length."""
     if isinstance(value, list | tuple):
+        if not value or isinstance(value[0], str):
+            return ", ".join(value)
         start = ", ".join(f"{number:.4f}" for number in value[:4])
         return f"[{start}, …] ({len(value)} numbers)"
     return str(value)

@@ -106,6 +106,10 @@ class Settings(BaseSettings):
     )
 
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
+    num_similar_users: PositiveInt = Field(20, description="neighbours published for each user")
+    max_exact_similar_users: PositiveInt = Field(
+        50_000, description="users compared with all others; of more, with the likeliest alone"
+    )
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")
     bootstrap_samples: PositiveInt = Field(200, description="paired resamples behind an interval")

@@ -157,6 +157,15 @@ class Storage:
         """Every user's segment at a cutoff: `segments.parquet` and `profiles.json`."""
         return self.lane_folder / "segments" / cutoff_folder(cutoff)
 
+    def similar_users(self, cutoff: datetime) -> Path:
+        """Every user's nearest neighbours at a cutoff: `similar_users.parquet`, and their index."""
+        return self.all_similar_users / cutoff_folder(cutoff)
+
+    @property
+    def all_similar_users(self) -> Path:
+        """Similar users of every cutoff, a folder each."""
+        return self.lane_folder / "similar_users"
+
     def reports(self, cutoff: datetime) -> Path:
         """`comparison.json` and `report.html` of a night."""
         return self.home / "reports" / f"{cutoff:%Y-%m-%d}"

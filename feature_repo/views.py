@@ -1,4 +1,4 @@
-"""The four views of a user, all keyed by user and valid from their observation cutoff.
+"""The five views of a user, all keyed by user and valid from their observation cutoff.
 
 Views whose values depend on a checkpoint exist once per version: `user_embedding@v2` is never mixed
 with `user_embedding@v1`, and `user_embedding` alone is the live one.
@@ -24,7 +24,14 @@ from feast.types import (
     String,
     UnixTimestamp,
 )
-from sources import embedding_files, prediction_files, rfm_files, segment_files, version
+from sources import (
+    embedding_files,
+    prediction_files,
+    rfm_files,
+    segment_files,
+    similar_users_files,
+    version,
+)
 
 POINT_IN_TIME_TTL = timedelta(days=35)
 """Point-in-time joins: how long a value stands in for a missing newer one; a month and a bit."""
@@ -102,4 +109,13 @@ user_segment = _view(
     _field("segment_name", String, "what sets the segment apart, in words"),
     _field("distance", Float32, "distance to the segment's centre"),
     _field("checkpoint_id", String, "encoder behind the embedding"),
+)
+
+similar_users = _view(
+    "similar_users",
+    similar_users_files,
+    "The users most like each user, by the cosine of their embeddings.",
+    _field("similar_user_ids", Array(String), "the nearest first, ties by id; empty if cold"),
+    _field("similarities", Array(Float32), "the cosine of each, -1 to 1"),
+    _field("checkpoint_id", String, "encoder behind the embeddings"),
 )

@@ -19,14 +19,15 @@ GROUPS = {
     },
     "sequences": {"vocabulary", "training_sequences", "sequences"},
     "encoder": {"checkpoint", "untrained_checkpoint"},
-    "embeddings": {"user_embeddings", "evaluation_embeddings"},
+    "embeddings": {"user_embeddings", "evaluation_embeddings", "similar_users"},
     "feature_store": {
         "published_embeddings", "published_rfm", "published_predictions", "published_segments",
+        "published_similar_users",
     },
     "downstream": {"predictions", "segments", "comparison", "report"},
     "candidate": {
         "candidate_sequences", "candidate_embeddings", "candidate_predictions",
-        "candidate_segments", "published_candidate", "live_version",
+        "candidate_segments", "candidate_similar_users", "published_candidate", "live_version",
     },
 }  # fmt: skip
 

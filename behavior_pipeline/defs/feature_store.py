@@ -18,6 +18,7 @@ PUBLISHED = {
     "published_rfm": ("user_rfm", "marts"),
     "published_predictions": ("user_predictions", "predictions"),
     "published_segments": ("user_segment", "segments"),
+    "published_similar_users": ("similar_users", "similar_users"),
 }
 """Asset -> (feature view, the asset whose files it publishes)."""
 
@@ -56,3 +57,6 @@ published_embeddings = _published("published_embeddings", *PUBLISHED["published_
 published_rfm = _published("published_rfm", *PUBLISHED["published_rfm"])
 published_predictions = _published("published_predictions", *PUBLISHED["published_predictions"])
 published_segments = _published("published_segments", *PUBLISHED["published_segments"])
+published_similar_users = _published(
+    "published_similar_users", *PUBLISHED["published_similar_users"]
+)
