@@ -170,9 +170,10 @@ def foretelling_gate(
 ) -> Outcome:
     """Hold back an encoder that foretells the newest events worse than the live one.
 
-    Where the live one kept no head, worse than the shares of the types do. Both foretell the type of each event from those before it, among the first users of the night,
-    from the train cutoff on: events that neither was trained on. A shuffled vocabulary or a
-    training that was cut short shows here, and hardly anywhere else.
+    Where the live one kept no head, worse than the shares of the types do. Both foretell the type
+    of each event from those before it, among the first users of the night, from the train cutoff
+    on: events that neither was trained on. A shuffled vocabulary or a training that was cut short
+    shows here, and hardly anywhere else.
     """
     since = windows.train_cutoff
     own = _foretold(lane, windows.cutoff, lane.checkpoints / lane.lane, since)
