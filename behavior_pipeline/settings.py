@@ -95,6 +95,17 @@ class Settings(BaseSettings):
         0.02, ge=0, description="gate: so much AUROC may the live version's probes lose"
     )
 
+    max_published_drift: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="a published embedding stays while it is within this share of its length of a "
+        "fresh one; 0 publishes whoever moved at all",
+    )
+    published_rows: Literal["changed", "all"] = Field(
+        "changed", description="embeddings that a night publishes: those that changed, or all"
+    )
+
     online_store: Literal["sqlite", "redis", "postgres"] = Field(
         "sqlite",
         description="where services read features; the servers' addresses and passwords are "

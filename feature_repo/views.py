@@ -39,6 +39,10 @@ POINT_IN_TIME_TTL = timedelta(days=35)
 STALE_AFTER_DAYS = 7
 """Look-ups: a value so many days behind the newest published cutoff is flagged as stale."""
 
+KEPT_DAYS = 28
+"""Look-ups: a night looks at every embedding, and publishes those that changed; a row that still
+holds keeps its cutoff for so many days. The view as a whole is stale after STALE_AFTER_DAYS."""
+
 
 def _field(name: str, dtype: FeastType, description: str) -> Field:
     """Return a feature with its meaning."""
@@ -46,7 +50,12 @@ def _field(name: str, dtype: FeastType, description: str) -> Field:
 
 
 def _view(
-    name: str, source: FileSource, description: str, *features: Field, is_versioned: bool = True
+    name: str,
+    source: FileSource,
+    description: str,
+    *features: Field,
+    is_versioned: bool = True,
+    stale_after_days: int = STALE_AFTER_DAYS,
 ) -> FeatureView:
     """Return a view whose rows also say which cutoff they speak of."""
     return FeatureView(
@@ -62,7 +71,10 @@ def _view(
         version=f"v{version}" if is_versioned else "latest",
         online=True,
         description=description,
-        tags={"stale_after_days": str(STALE_AFTER_DAYS)},
+        tags={
+            "stale_after_days": str(stale_after_days),
+            "late_after_days": str(STALE_AFTER_DAYS),
+        },
         owner="behavior-pipeline",
     )
 
@@ -76,6 +88,7 @@ user_embedding = _view(
     _field("num_events", Int64, "length of the user's whole history before the cutoff"),
     _field("last_event_at", UnixTimestamp, "the newest event, to the second; null without one"),
     _field("is_cold_start", Bool, "no usable event before the cutoff: the vector is the prior"),
+    stale_after_days=KEPT_DAYS,
 )
 
 user_rfm = _view(

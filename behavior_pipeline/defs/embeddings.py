@@ -15,6 +15,7 @@ from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequ
 from behavior_pipeline.embeddings.similar_users import find_similar_users
 from behavior_pipeline.embeddings.states import newest_states
 from behavior_pipeline.encoder.live import LIVE, UNTRAINED, checkpoint_folder
+from behavior_pipeline.feature_store.ledger import served_before
 
 
 @dg.asset(
@@ -39,6 +40,7 @@ def user_embeddings(
         | {
             "num_cold_start": summary.num_cold_start,
             "num_reused_states": summary.num_reused_states,
+            "num_changed": summary.num_changed or 0,
             "width": summary.width,
             "checkpoint_id": summary.checkpoint_id,
         }
@@ -81,6 +83,7 @@ def _embed(
     is_live = role == LIVE
     states = storage.states(cutoff) if is_live else storage.control_states(cutoff)
     folder = checkpoint_folder(storage.checkpoints, role)
+    max_drift = night.pipeline.settings.max_published_drift
     known = (
         states_to_start_from(storage, cutoff, folder.name) if is_live else newest_states([states])
     )
@@ -94,6 +97,7 @@ def _embed(
         previous_states_folder=known,
         threads=night.pipeline.settings.threads,
         alignment=Alignment.load(storage.alignment(folder.name)) if is_live else None,
+        served=served_before(storage, cutoff, max_drift) if is_live else None,
         report=report_to(context, f"embedding at {cutoff:%Y-%m-%d} ({role})"),
     )
 

@@ -45,9 +45,12 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[None]:
         night = Night(context, pipeline)
         report = report_to(context, f"publishing {view}")
-        summary = publish_view(night.pipeline.storage, view, night.cutoff, report=report)
+        opened = night.pipeline
+        is_full = opened.settings.published_rows == "all"
+        summary = publish_view(opened.storage, view, night.cutoff, report=report, is_full=is_full)
         return dg.MaterializeResult(
-            metadata=row_count(summary.num_rows) | {"seconds": summary.seconds}
+            metadata=row_count(summary.num_rows)
+            | {"seconds": summary.seconds, "only_changes": summary.is_partial}
         )
 
     return publish
