@@ -16,6 +16,7 @@ from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
     Encoder,
+    Full,
     Horizon,
     Lookback,
     RawPath,
@@ -53,6 +54,7 @@ def run(
     seed: Seed = None,
     encoder_preset: Encoder = None,
     max_training_steps: Steps = None,
+    full: Full = False,
 ) -> None:
     """Do everything: load the source, pretrain, embed, publish, compare with RFM.
 
@@ -67,6 +69,7 @@ def run(
         seed=seed,
         encoder_preset=encoder_preset,
         max_training_steps=max_training_steps,
+        published_rows="all" if full else None,
     )
     _work(overrides, cutoff, "pretraining_and_nightly")
 
@@ -81,6 +84,7 @@ def nightly(
     horizon_days: Horizon = None,
     lookback_days: Lookback = None,
     seed: Seed = None,
+    full: Full = False,
 ) -> None:
     """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
     from behavior_pipeline.runs import arrive
@@ -92,6 +96,7 @@ def nightly(
         horizon_days=horizon_days,
         lookback_days=lookback_days,
         seed=seed,
+        published_rows="all" if full else None,
     )
     night = arrive(overrides, parse_cutoff(cutoff), console)
     _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
