@@ -52,18 +52,19 @@ class Pointer:
         return Pointer(unsettled=tuple(dict.fromkeys(users)))
 
 
-def _folder(storage: Storage, version: int) -> Path:
+def ledgers_folder(storage: Storage, version: int) -> Path:
+    """Return where the ledgers of a version lie."""
     return storage.ledgers / f"v{version}"
 
 
 def ledger_file(storage: Storage, version: int, ledger_id: str) -> Path:
     """Return where a ledger is kept."""
-    return _folder(storage, version) / f"{ledger_id}.parquet"
+    return ledgers_folder(storage, version) / f"{ledger_id}.parquet"
 
 
 def read_pointer(storage: Storage, version: int) -> Pointer:
     """Return what is known of a version's store; nothing before its first publication."""
-    path = _folder(storage, version) / POINTER_FILE
+    path = ledgers_folder(storage, version) / POINTER_FILE
     if not path.exists():
         return Pointer()
     content: dict[str, Any] = read_json(path)
@@ -72,7 +73,7 @@ def read_pointer(storage: Storage, version: int) -> Pointer:
 
 def write_pointer(storage: Storage, version: int, pointer: Pointer) -> None:
     """Replace it, and remove the ledgers that nothing speaks of any more."""
-    folder = _folder(storage, version)
+    folder = ledgers_folder(storage, version)
     write_json(folder / POINTER_FILE, asdict(pointer))
     for path in folder.glob("*.parquet"):
         if path.stem not in pointer.named():

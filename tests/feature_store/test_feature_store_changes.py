@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from change_builders import (
     USERS,
@@ -15,7 +16,8 @@ from change_builders import (
     night_of,
     online_facts,
 )
-from hypothesis import given, settings as rounds
+from hypothesis import given
+from hypothesis import settings as rounds
 from hypothesis import strategies as st
 
 from behavior_pipeline.contracts import COLD_START_USER
@@ -281,8 +283,6 @@ def test_verification_tells_a_row_that_is_not_the_ledgers(shop: Shop):
     shop.night(night_of(0))
     shop.night(night_of(1))
     file = next((shop.storage.feature_store / "offline" / VIEW / "v1").glob("*20*21/*"))
-    import pyarrow.parquet as pq
-
     table = pq.read_table(file)
     vectors = np.stack(table["embedding"].to_numpy())
     vectors[3, 2] += 1
