@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )
 
     max_published_drift: float = Field(
-        0.05,
+        0.1,
         ge=0,
         lt=1,
         description="a published embedding stays while it is within this share of its length of a "

@@ -37,7 +37,9 @@ from behavior_pipeline.sequences.files import write_sequences
 from behavior_pipeline.sequences.vocabulary import load_vocabulary
 from behavior_pipeline.windows import parse_cutoff
 
-BOUNDS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+BOUNDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+FRESH = -1.0  # stands for what a full publication would serve
+RESAMPLES = 500
 NIGHTS = REFRESH_DAYS - 1  # at the end rows are as old as they ever are
 
 
@@ -111,23 +113,35 @@ def churn_auroc(
     train: tuple[datetime, Night],
     test: tuple[datetime, Night],
     readings: dict[float, np.ndarray],
-) -> dict[float, float]:
-    """Return the AUROC of the churn probe, fitted on fresh vectors, on each reading."""
-    people = [
-        load_population(pipeline.storage, pipeline.settings, cutoff, [])
-        for cutoff, _ in (train, test)
-    ]
+) -> dict[float, dict[str, Any]]:
+    """Return what the churn probe, fitted on fresh vectors, makes of each reading.
+
+    That is its AUROC, how much less that is than on fresh vectors, and the 95 % interval of the
+    loss over resampled users, the same ones for both.
+    """
+    people = [load_population(pipeline.storage, pipeline.settings, c, []) for c, _ in (train, test)]
     task = churn_task(*people)
     fitted_on = train[1].vectors[_places(train[1], people[0].user_ids)][task.train_rows]
     probes = fit_probes(
         "logistic_regression", (Block("vector", fitted_on),), task.train_labels,
         pipeline.settings.seed, 1,
     )  # fmt: skip
-    rows = _places(test[1], people[1].user_ids)[task.test_rows]
+    rows, (labels,) = _places(test[1], people[1].user_ids)[task.test_rows], task.test_labels
+    scores = {
+        bound: probes.predict((Block("vector", vectors[rows]),))[0][:, 1]
+        for bound, vectors in readings.items()
+    }
+    samples = np.random.default_rng(0).integers(len(labels), size=(RESAMPLES, len(labels)))
+    fresh = [roc_auc_score(labels[drawn], scores[FRESH][drawn]) for drawn in samples]
     found = {}
-    for bound, vectors in readings.items():
-        (predicted,) = probes.predict((Block("vector", vectors[rows]),))
-        found[bound] = float(roc_auc_score(task.test_labels[0], predicted[:, 1]))
+    for bound, score in scores.items():
+        auroc = float(roc_auc_score(labels, score))
+        lost = np.array(fresh) - [roc_auc_score(labels[drawn], score[drawn]) for drawn in samples]
+        found[bound] = {
+            "churn_auroc": auroc,
+            "lost": float(roc_auc_score(labels, scores[FRESH])) - auroc,
+            "lost_95": [float(edge) for edge in np.quantile(lost, (0.025, 0.975))],
+        }
     return found
 
 
@@ -146,19 +160,16 @@ def measure(home: Path, path: str, cutoff: datetime, horizon: timedelta) -> list
         for store in stores:
             store.publish(number, night)
     readings = {s.bound: np.stack([s.rows[user][2] for user in night.users]) for s in stores}
-    scores = churn_auroc(
-        pipeline, (cutoff - horizon, train), (cutoff, night), {-1.0: night.vectors, **readings}
-    )
+    readings[FRESH] = night.vectors
+    found = churn_auroc(pipeline, (cutoff - horizon, train), (cutoff, night), readings)
     return [
         {
             "bound": store.bound,
             "published_share": float(np.mean(store.published[1:])),
-            "last_night_share": store.published[-1],
-            "churn_auroc": scores[store.bound],
-            "fresh_auroc": scores[-1.0],
             "num_users": len(night.users),
             "num_nights": NIGHTS,
         }
+        | found[store.bound]
         for store in stores
     ]
 

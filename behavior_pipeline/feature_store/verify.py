@@ -157,8 +157,9 @@ def _largest_drift(fresh: pa.Table, expected: pa.Table) -> float:
     """Return the largest distance between two vectors of a user over the second one's length."""
     if not fresh["user_id"].equals(expected["user_id"]):
         return float("inf")  # a row that the ledger speaks of is not in the history
+    is_left = pc.not_equal(fresh["observation_cutoff"], expected["observation_cutoff"])
     now, then = (
-        to_vectors(table["embedding"], table.schema.field("embedding").type.list_size)
+        to_vectors(table["embedding"].filter(is_left), table["embedding"].type.list_size)
         for table in (fresh, expected)
     )
     moved = np.linalg.norm((now - then).astype(np.float64), axis=1)
