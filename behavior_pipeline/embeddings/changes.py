@@ -116,19 +116,6 @@ def read_changes(folder: Path) -> Changes | None:
     return Changes(folder=folder, **read_json(facts)) if facts.exists() else None
 
 
-def forget_users(folder: Path, user_ids: pa.Array) -> int:
-    """Remove users from a night's changes, as if they had never been; return how many rows went."""
-    num_removed = 0
-    for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path)
-        left = table.filter(pc.invert(pc.is_in(table["user_id"], value_set=user_ids)))
-        if len(left) < len(table):
-            num_removed += len(table) - len(left)
-            with writing_file(path) as aside:
-                pq.write_table(left, aside, compression="zstd")
-    return num_removed
-
-
 def space_of(checkpoint_id: str, alignment: Alignment | None) -> str:
     """Return a hash of all that makes vectors comparable: the encoder and where it is turned."""
     digest = hashlib.blake2b(checkpoint_id.encode(), digest_size=16)

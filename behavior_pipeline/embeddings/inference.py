@@ -193,7 +193,7 @@ def embed_sequences(
         prior = _prior_table(night)
         with writing_file(embeddings / PRIOR_FILE) as target:
             pq.write_table(prior, target)
-        num_changed = changes and changes.finish(PRIOR_FILE, prior).num_changed
+        num_changed = changes.finish(PRIOR_FILE, prior).num_changed if changes else None
     return replace(tally.summary(night), num_changed=num_changed)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -39,7 +39,7 @@ class Ledger:
     """The rows of one publication, and of those before it that still hold.
 
     Attributes:
-        ledger_id: hash of all else here when it was made.
+        ledger_id: hash of all else here when it was made; an erasure takes rows and leaves the id.
         space_id: the checkpoint and the alignment behind every vector; see `changes.space_of`.
         cutoff: of the publication.
         rows: table under LEDGER_SCHEMA, each user once.
@@ -84,11 +84,6 @@ class Ledger:
         return Ledger.of(
             self.space_id, self.cutoff, self.rows.set_column(index, "published_cutoff", moment)
         )
-
-    def without(self, user_ids: pa.Array) -> Ledger:
-        """Return it without some users, under the same id: what was measured against it holds."""
-        is_left = pc.invert(pc.is_in(self.rows["user_id"], value_set=user_ids))
-        return replace(self, rows=self.rows.filter(is_left))
 
     def save(self, path: Path) -> None:
         """Write it, atomically."""

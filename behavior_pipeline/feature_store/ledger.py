@@ -8,13 +8,10 @@ so that a publication that was killed is known, and the next one removes what it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
-
-import pyarrow as pa
 
 from behavior_pipeline.embeddings.changes import Served
 from behavior_pipeline.embeddings.ledger import Ledger
@@ -128,29 +125,3 @@ def begin(storage: Storage, version: int, ledger_id: str | None) -> None:
         after = replace(pointer, unsettled=(*pointer.unsettled, ledger_id))
     if after != pointer:
         write_pointer(storage, version, after)
-
-
-def forget_users(storage: Storage, user_ids: pa.Array) -> int:
-    """Remove users from the ledgers of all versions, as if they had never been published.
-
-    The caller holds `exclusive(storage)`, and removes them from the nights' changes
-    (`embeddings.changes.forget_users`) and from the stores.
-
-    Returns:
-        How many rows went.
-    """
-    num_removed = 0
-    for path, ledger in _kept_ledgers(storage):
-        left = ledger.without(user_ids)
-        if len(left.rows) < len(ledger.rows):
-            left.save(path)
-            num_removed += len(ledger.rows) - len(left.rows)
-    return num_removed
-
-
-def _kept_ledgers(storage: Storage) -> Iterator[tuple[Path, Ledger]]:
-    """Yield every ledger of every version."""
-    for path in sorted(storage.ledgers.glob("v*/*.parquet")):
-        ledger = Ledger.load(path)
-        if ledger is not None:
-            yield path, ledger

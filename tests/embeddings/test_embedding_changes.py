@@ -12,7 +12,7 @@ from change_builders import USERS, Shop, drift, night_of
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.embeddings.alignment import Alignment
-from behavior_pipeline.embeddings.changes import Served, forget_users, space_of
+from behavior_pipeline.embeddings.changes import Served, space_of
 from behavior_pipeline.embeddings.ledger import Ledger
 from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
@@ -125,21 +125,6 @@ def test_a_ledger_survives_its_file(shop: Shop, tmp_path: Path):
     assert later.oldest == ledger.cutoff
     assert later.at_once().oldest == later.cutoff
     assert Ledger.load(tmp_path / "nothing") is None
-
-
-def test_users_are_forgotten_in_a_nights_changes(shop: Shop):
-    shop.embed(night_of(0), served=Served())
-    ledger = ledger_of(shop, 0)
-    shop.remove("u07")
-    shop.embed(night_of(1), served=Served(ledger, 0.0))
-    folder = shop.storage.changes(night_of(1))
-    gone = pa.array(["u02", "u07", "nobody"])
-    assert forget_users(folder, gone) == 3  # a changed row, two rows of lists
-    changes = shop.changes(night_of(1))
-    assert "u02" not in shop.changed_users(night_of(1))
-    assert changes.vanished().to_pylist() == []
-    assert ledger_of(shop, 1).ledger_id == changes.ledger_id
-    assert not {"u02", "u07"} & set(ledger_of(shop, 1).user_ids.to_pylist())
 
 
 def test_what_changed_does_not_depend_on_threads(shop: Shop):

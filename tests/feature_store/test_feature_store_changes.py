@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.embeddings.changes import REFRESH_DAYS
+from behavior_pipeline.erasure.erase import erase
 from behavior_pipeline.feature_store import publish
-from behavior_pipeline.feature_store.ledger import forget_users, published_ledger, read_pointer
+from behavior_pipeline.feature_store.ledger import published_ledger, read_pointer
 from behavior_pipeline.feature_store.lookup import lookup
 from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.verify import verify_published
@@ -269,12 +270,18 @@ def test_a_row_that_still_holds_is_not_stale(shop: Shop):
     assert found["user_embedding__is_stale"] is False
 
 
-def test_a_user_who_is_forgotten_is_published_as_if_new(shop: Shop):
+def test_an_erased_user_is_in_no_ledger_and_the_others_rows_hold(shop: Shop):
     shop.max_drift = 0.9
     shop.night(night_of(0))
-    assert forget_users(shop.storage, pa.array(["u02", "nobody"])) == 1
-    assert shop.night(night_of(1)).is_partial
-    assert shop.changed_users(night_of(1)) == {"u02"}
+    erase(shop.storage, ["u02"])
+    assert "u02" not in shop.served()
+    ledger = published_ledger(shop.storage)
+    assert ledger is not None
+    assert set(ledger.user_ids.to_pylist()) == EVERYBODY - {"u02"}
+    shop.remove("u02")
+    quiet = shop.night(night_of(1))
+    assert (quiet.is_partial, quiet.num_rows) == (True, 0)
+    assert shop.changes(night_of(1)).num_vanished == 0
     assert_served_is_near(shop, 1)
 
 
