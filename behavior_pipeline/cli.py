@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import erase, similar, training_set, versions
+from behavior_pipeline.commands import drift, erase, similar, training_set, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 study = typer.Typer(no_args_is_help=True, help="Side rooms: nothing here feeds the nightly path.")
 app.add_typer(study, name="study")
+drift.register(app)
 
 
 @app.command()
