@@ -39,7 +39,6 @@ app = typer.Typer(
 )
 study = typer.Typer(no_args_is_help=True, help="Side rooms: nothing here feeds the nightly path.")
 app.add_typer(study, name="study")
-drift.register(app)
 
 
 @app.command()
@@ -232,6 +231,7 @@ versions.register(app)
 erase.register(app)
 training_set.register(app)
 similar.register(app)
+drift.register(app)
 
 
 def main() -> None:
