@@ -40,7 +40,7 @@ ui: setup  ## serve the Dagster UI and its daemon on port 3000
 bench: setup  ## run the quick benchmarks; one JSON line per figure
 	$(BIN)/python benchmarks/main_path.py
 
-bench-drift: setup  ## false alarms of drift, and how soon changes are named: ten minutes of an idle machine
+bench-drift: setup  ## false alarms of drift, and how soon changes are named: 20 minutes beside other work
 	$(BIN)/python benchmarks/drift.py $(BENCH)
 
 bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour, 40 GB of disk
