@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import erase, similar, training_set, versions
+from behavior_pipeline.commands import drift, erase, similar, training_set, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -236,6 +236,7 @@ versions.register(app)
 erase.register(app)
 training_set.register(app)
 similar.register(app)
+drift.register(app)
 
 
 def main() -> None:

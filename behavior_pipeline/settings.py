@@ -125,6 +125,16 @@ class Settings(BaseSettings):
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")
     bootstrap_samples: PositiveInt = Field(200, description="paired resamples behind an interval")
 
+    drift_false_alarms_per_year: float = Field(
+        2.0, gt=0, le=50, description="nights a year on which drift may alarm without a change"
+    )
+    drift_calm_nights: int = Field(
+        28, ge=28, description="nights without a change that are seen before drift alarms"
+    )
+    drift_sample_users: PositiveInt = Field(
+        2000, description="users whose neighbours are compared from night to night"
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,

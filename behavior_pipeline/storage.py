@@ -178,6 +178,11 @@ class Storage:
         """Similar users of every cutoff, a folder each."""
         return self.lane_folder / "similar_users"
 
+    @property
+    def drift(self) -> Path:
+        """Figures of drift, `cutoff=<date>/<checkpoint id>.json`, and the bins of RFM."""
+        return self.lane_folder / "drift"
+
     def reports(self, cutoff: datetime) -> Path:
         """`comparison.json` and `report.html` of a night."""
         return self.home / "reports" / f"{cutoff:%Y-%m-%d}"
