@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long ui bench bench-warehouse docs lint format clean
+.PHONY: help setup demo test test-long ui bench bench-warehouse bench-drift docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -39,6 +39,9 @@ ui: setup  ## serve the Dagster UI and its daemon on port 3000
 
 bench: setup  ## run the quick benchmarks; one JSON line per figure
 	$(BIN)/python benchmarks/main_path.py
+
+bench-drift: setup  ## false alarms of drift, and how soon changes are named: 20 minutes beside other work
+	$(BIN)/python benchmarks/drift.py $(BENCH)
 
 bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour, 40 GB of disk
 	$(BIN)/python benchmarks/warehouse.py $(BENCH)

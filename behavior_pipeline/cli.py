@@ -11,11 +11,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import erase, versions
+from behavior_pipeline.commands import drift, erase, similar, training_set, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
     Encoder,
+    Full,
     Horizon,
     Lookback,
     RawPath,
@@ -53,6 +54,7 @@ def run(
     seed: Seed = None,
     encoder_preset: Encoder = None,
     max_training_steps: Steps = None,
+    full: Full = False,
 ) -> None:
     """Do everything: load the source, pretrain, embed, publish, compare with RFM.
 
@@ -67,6 +69,7 @@ def run(
         seed=seed,
         encoder_preset=encoder_preset,
         max_training_steps=max_training_steps,
+        published_rows="all" if full else None,
     )
     _work(overrides, cutoff, "pretraining_and_nightly")
 
@@ -81,6 +84,7 @@ def nightly(
     horizon_days: Horizon = None,
     lookback_days: Lookback = None,
     seed: Seed = None,
+    full: Full = False,
 ) -> None:
     """Run one night: the day's arrivals become published embeddings, with the live checkpoint."""
     from behavior_pipeline.runs import arrive
@@ -92,6 +96,7 @@ def nightly(
         horizon_days=horizon_days,
         lookback_days=lookback_days,
         seed=seed,
+        published_rows="all" if full else None,
     )
     night = arrive(overrides, parse_cutoff(cutoff), console)
     _show_comparison(night.pipeline.storage.reports(night.windows.cutoff))
@@ -229,6 +234,9 @@ def version() -> None:
 
 versions.register(app)
 erase.register(app)
+training_set.register(app)
+similar.register(app)
+drift.register(app)
 
 
 def main() -> None:
@@ -258,6 +266,8 @@ def _show_comparison(folder: Path) -> None:
 def _short(value: Any) -> str:
     """Write a feature's value on one line; a vector shows its beginning and its length."""
     if isinstance(value, list | tuple):
+        if not value or isinstance(value[0], str):
+            return ", ".join(value)
         start = ", ".join(f"{number:.4f}" for number in value[:4])
         return f"[{start}, …] ({len(value)} numbers)"
     return str(value)

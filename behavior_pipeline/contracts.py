@@ -229,5 +229,24 @@ SEGMENTS: Final = _contract(
     ("written_at", TIMESTAMP, "when the row was written"),
 )
 
+SIMILAR_USERS: Final = _contract(
+    "similar_users",
+    ("user_id",),
+    ("user_id", pa.string(), "every user with an embedding at the cutoff"),
+    ("observation_cutoff", TIMESTAMP, "as of this"),
+    (
+        "similar_user_ids",
+        pa.list_(pa.string()),
+        "the most similar users, the nearest first, ties by id; none for a cold-start user",
+    ),
+    (
+        "similarities",
+        pa.list_(pa.float32()),
+        "cosine of the two embeddings, -1 to 1, of each of them",
+    ),
+    ("checkpoint_id", pa.string(), "encoder behind the embeddings"),
+    ("written_at", TIMESTAMP, "when the row was written"),
+)
+
 COLD_START_USER: Final = "__cold_start__"
 """Reserved user id: its row carries the prior that a lookup of an unknown user returns."""

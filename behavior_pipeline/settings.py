@@ -95,6 +95,17 @@ class Settings(BaseSettings):
         0.02, ge=0, description="gate: so much AUROC may the live version's probes lose"
     )
 
+    max_published_drift: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="a published embedding stays while it is within this share of its length of a "
+        "fresh one; 0 publishes whoever moved at all",
+    )
+    published_rows: Literal["changed", "all"] = Field(
+        "changed", description="embeddings that a night publishes: those that changed, or all"
+    )
+
     online_store: Literal["sqlite", "redis", "postgres"] = Field(
         "sqlite",
         description="where services read features; the servers' addresses and passwords are "
@@ -106,9 +117,23 @@ class Settings(BaseSettings):
     )
 
     num_segments: PositiveInt = Field(6, description="groups of the segmentation")
+    num_similar_users: PositiveInt = Field(20, description="neighbours published for each user")
+    max_exact_similar_users: PositiveInt = Field(
+        50_000, description="users compared with all others; of more, with the likeliest alone"
+    )
     num_targets: PositiveInt = Field(30, description="most frequent propensity targets")
     max_probe_users: PositiveInt = Field(20_000, description="users that a probe is fitted on")
     bootstrap_samples: PositiveInt = Field(200, description="paired resamples behind an interval")
+
+    drift_false_alarms_per_year: float = Field(
+        2.0, gt=0, le=50, description="nights a year on which drift may alarm without a change"
+    )
+    drift_calm_nights: int = Field(
+        28, ge=28, description="nights without a change that are seen before drift alarms"
+    )
+    drift_sample_users: PositiveInt = Field(
+        2000, description="users whose neighbours are compared from night to night"
+    )
 
     @classmethod
     def settings_customise_sources(

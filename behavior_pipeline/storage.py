@@ -21,6 +21,9 @@ from uuid import uuid4
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 
+CHANGES_FOLDER = "_changes"
+"""Below a night's embeddings; readers of Parquet folders pass over such a name."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -116,6 +119,11 @@ class Storage:
         """Feast's registry, its online store and the offline Parquet files."""
         return self.home / "feature_store"
 
+    @property
+    def ledgers(self) -> Path:
+        """What the online store holds of each user, version by version."""
+        return self.feature_store / "ledgers"
+
     def alignment(self, checkpoint_id: str) -> Path:
         """The map that takes a checkpoint's vectors into the space of the one before it."""
         return self.home / "alignments" / f"{checkpoint_id}.safetensors"
@@ -141,6 +149,10 @@ class Storage:
         """Embeddings of the live checkpoint at a cutoff: `bucket=<k>.parquet`."""
         return self.lane_folder / "embeddings" / cutoff_folder(cutoff)
 
+    def changes(self, cutoff: datetime) -> Path:
+        """What a night has to publish anew; inside its embeddings, and renamed with them."""
+        return self.embeddings(cutoff) / CHANGES_FOLDER
+
     def control_embeddings(self, cutoff: datetime) -> Path:
         """Embeddings of an untrained encoder at a cutoff: the control of every comparison."""
         return self.home / "controls" / "untrained" / cutoff_folder(cutoff)
@@ -156,6 +168,20 @@ class Storage:
     def segments(self, cutoff: datetime) -> Path:
         """Every user's segment at a cutoff: `segments.parquet` and `profiles.json`."""
         return self.lane_folder / "segments" / cutoff_folder(cutoff)
+
+    def similar_users(self, cutoff: datetime) -> Path:
+        """Every user's nearest neighbours at a cutoff: `similar_users.parquet`, and their index."""
+        return self.all_similar_users / cutoff_folder(cutoff)
+
+    @property
+    def all_similar_users(self) -> Path:
+        """Similar users of every cutoff, a folder each."""
+        return self.lane_folder / "similar_users"
+
+    @property
+    def drift(self) -> Path:
+        """Figures of drift, `cutoff=<date>/<checkpoint id>.json`, and the bins of RFM."""
+        return self.lane_folder / "drift"
 
     def reports(self, cutoff: datetime) -> Path:
         """`comparison.json` and `report.html` of a night."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from feast import FeatureService, FeatureView
 from sources import version
-from views import user_embedding, user_predictions, user_rfm, user_segment
+from views import similar_users, user_embedding, user_predictions, user_rfm, user_segment
 
 
 def _pinned(service: FeatureService) -> FeatureService:
@@ -60,13 +60,29 @@ personalization = _service(
     ],
 )
 
+training_set = _service(
+    "training_set",
+    "model",
+    "What `behavior-pipeline training-set` puts beside labels.",
+    [user_embedding, user_rfm, user_predictions],
+)
+
+lookalikes = _service(
+    "lookalikes",
+    "application",
+    "Whom else to show what a user liked: the nearest neighbours.",
+    [similar_users],
+)
+
 user_profile = _service(
     "user_profile",
     "people",
     "Everything that is known of a user; `behavior-pipeline lookup` reads it.",
-    [user_embedding, user_rfm, user_predictions, user_segment],
+    [user_embedding, user_rfm, user_predictions, user_segment, similar_users],
 )
 
 churn_model_pinned = _pinned(churn_model)
 personalization_pinned = _pinned(personalization)
+lookalikes_pinned = _pinned(lookalikes)
+training_set_pinned = _pinned(training_set)
 user_profile_pinned = _pinned(user_profile)

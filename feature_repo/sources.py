@@ -61,3 +61,4 @@ rfm_files = _source(
 )
 prediction_files = _source("user_predictions", "Calibrated scores at every cutoff.")
 segment_files = _source("user_segment", "Segments at every cutoff.")
+similar_users_files = _source("similar_users", "Every user's nearest neighbours at every cutoff.")

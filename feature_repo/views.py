@@ -1,4 +1,4 @@
-"""The four views of a user, all keyed by user and valid from their observation cutoff.
+"""The five views of a user, all keyed by user and valid from their observation cutoff.
 
 Views whose values depend on a checkpoint exist once per version: `user_embedding@v2` is never mixed
 with `user_embedding@v1`, and `user_embedding` alone is the live one.
@@ -24,13 +24,24 @@ from feast.types import (
     String,
     UnixTimestamp,
 )
-from sources import embedding_files, prediction_files, rfm_files, segment_files, version
+from sources import (
+    embedding_files,
+    prediction_files,
+    rfm_files,
+    segment_files,
+    similar_users_files,
+    version,
+)
 
 POINT_IN_TIME_TTL = timedelta(days=35)
 """Point-in-time joins: how long a value stands in for a missing newer one; a month and a bit."""
 
 STALE_AFTER_DAYS = 7
 """Look-ups: a value so many days behind the newest published cutoff is flagged as stale."""
+
+KEPT_DAYS = 28
+"""Look-ups: a night looks at every embedding, and publishes those that changed; a row that still
+holds keeps its cutoff for so many days. The view as a whole is stale after STALE_AFTER_DAYS."""
 
 
 def _field(name: str, dtype: FeastType, description: str) -> Field:
@@ -39,7 +50,12 @@ def _field(name: str, dtype: FeastType, description: str) -> Field:
 
 
 def _view(
-    name: str, source: FileSource, description: str, *features: Field, is_versioned: bool = True
+    name: str,
+    source: FileSource,
+    description: str,
+    *features: Field,
+    is_versioned: bool = True,
+    stale_after_days: int = STALE_AFTER_DAYS,
 ) -> FeatureView:
     """Return a view whose rows also say which cutoff they speak of."""
     return FeatureView(
@@ -55,7 +71,10 @@ def _view(
         version=f"v{version}" if is_versioned else "latest",
         online=True,
         description=description,
-        tags={"stale_after_days": str(STALE_AFTER_DAYS)},
+        tags={
+            "stale_after_days": str(stale_after_days),
+            "late_after_days": str(STALE_AFTER_DAYS),
+        },
         owner="behavior-pipeline",
     )
 
@@ -69,6 +88,7 @@ user_embedding = _view(
     _field("num_events", Int64, "length of the user's whole history before the cutoff"),
     _field("last_event_at", UnixTimestamp, "the newest event, to the second; null without one"),
     _field("is_cold_start", Bool, "no usable event before the cutoff: the vector is the prior"),
+    stale_after_days=KEPT_DAYS,
 )
 
 user_rfm = _view(
@@ -102,4 +122,13 @@ user_segment = _view(
     _field("segment_name", String, "what sets the segment apart, in words"),
     _field("distance", Float32, "distance to the segment's centre"),
     _field("checkpoint_id", String, "encoder behind the embedding"),
+)
+
+similar_users = _view(
+    "similar_users",
+    similar_users_files,
+    "The users most like each user, by the cosine of their embeddings.",
+    _field("similar_user_ids", Array(String), "the nearest first, ties by id; empty if cold"),
+    _field("similarities", Array(Float32), "the cosine of each, -1 to 1"),
+    _field("checkpoint_id", String, "encoder behind the embeddings"),
 )

@@ -14,6 +14,7 @@ from behavior_pipeline.contracts import (
     COLD_START_USER,
     PREDICTIONS,
     SEGMENTS,
+    SIMILAR_USERS,
     USER_RFM,
     embedding_schema,
 )
@@ -133,6 +134,27 @@ def write_segments(
         schema=SEGMENTS.schema,
     )
     return _write(table, storage.segments(cutoff) / "segments.parquet")
+
+
+def write_similar_users(
+    storage: Storage, cutoff: datetime, users: Sequence[str], checkpoint: str = "checkpoint-a"
+) -> Path:
+    """Write neighbours: each user is like those before it in the list, the first like nobody."""
+    num_users = len(users)
+    table = pa.table(
+        {
+            "user_id": list(users),
+            "observation_cutoff": [cutoff] * num_users,
+            "similar_user_ids": [list(users[:row][:20]) for row in range(num_users)],
+            "similarities": [
+                [1 / (1 + n) for n in range(min(row, 20))] for row in range(num_users)
+            ],
+            "checkpoint_id": [checkpoint] * num_users,
+            "written_at": [cutoff + timedelta(hours=2)] * num_users,
+        },
+        schema=SIMILAR_USERS.schema,
+    )
+    return _write(table, storage.similar_users(cutoff) / "similar_users.parquet")
 
 
 def _write(table: pa.Table, path: Path) -> Path:

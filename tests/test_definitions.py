@@ -19,14 +19,15 @@ GROUPS = {
     },
     "sequences": {"vocabulary", "training_sequences", "sequences"},
     "encoder": {"checkpoint", "untrained_checkpoint"},
-    "embeddings": {"user_embeddings", "evaluation_embeddings"},
+    "embeddings": {"user_embeddings", "evaluation_embeddings", "similar_users"},
     "feature_store": {
         "published_embeddings", "published_rfm", "published_predictions", "published_segments",
+        "published_similar_users",
     },
-    "downstream": {"predictions", "segments", "comparison", "report"},
+    "downstream": {"predictions", "segments", "comparison", "drift", "report"},
     "candidate": {
         "candidate_sequences", "candidate_embeddings", "candidate_predictions",
-        "candidate_segments", "published_candidate", "live_version",
+        "candidate_segments", "candidate_similar_users", "published_candidate", "live_version",
     },
 }  # fmt: skip
 
@@ -39,6 +40,7 @@ BLOCKING = {
 
 ALARMS = {  # these warn and let the night go on
     ("comparison", "is_embedding_above_random"), ("sequences", "are_event_types_known"),
+    ("drift", "is_night_like_those_before"),
 }  # fmt: skip
 DATA_TESTS = {  # of dbt, held against what a night has built
     ("daily_activity", "daily_activity_has_one_row_per_day_and_type"),

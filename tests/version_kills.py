@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from feast import FeatureStore
-from feature_store_builders import vectors, write_embeddings, write_predictions, write_segments
+from feature_store_builders import (
+    vectors,
+    write_embeddings,
+    write_predictions,
+    write_segments,
+    write_similar_users,
+)
 
 from behavior_pipeline.encoder.live import LIVE, point_to
 from behavior_pipeline.feature_store.promotion import enlist, promote, record_gates, rollback
@@ -39,6 +45,7 @@ def make(storage: Storage, cutoff: datetime, checkpoint: str, version: int) -> N
     write_embeddings(storage, cutoff, USERS, values, (checkpoint,))
     write_predictions(storage, cutoff, USERS, checkpoint)
     write_segments(storage, cutoff, USERS, checkpoint)
+    write_similar_users(storage, cutoff, USERS, checkpoint)
     for view in VERSIONED:
         publish_view(storage, view, cutoff, version=version)
 

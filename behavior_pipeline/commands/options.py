@@ -38,6 +38,9 @@ Horizon = Annotated[int | None, typer.Option(help="Days of the label window.")]
 Lookback = Annotated[int | None, typer.Option(help="Days of the population window.")]
 Seed = Annotated[int | None, typer.Option(help="Every random choice derives from it.")]
 Encoder = Annotated[str | None, typer.Option(help="Encoder preset: tiny, small or base.")]
+Full = Annotated[
+    bool, typer.Option("--full", help="Publish every embedding, not only those that changed.")
+]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps at the most.")]
 
 

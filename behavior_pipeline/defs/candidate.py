@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from behavior_pipeline.contracts import PREDICTIONS, SEGMENTS, SEQUENCES
+from behavior_pipeline.contracts import PREDICTIONS, SEGMENTS, SEQUENCES, SIMILAR_USERS
 from behavior_pipeline.defs.loggers import report_to
 from behavior_pipeline.defs.metadata import contract_metadata, row_count
 from behavior_pipeline.defs.partitions import ENCODER, ONE_NIGHT_A_RUN, nights
@@ -28,6 +28,7 @@ from behavior_pipeline.downstream.publication_gates import publication_gates
 from behavior_pipeline.downstream.scoring import score
 from behavior_pipeline.downstream.segmentation import segment
 from behavior_pipeline.embeddings.candidates import embed_candidate
+from behavior_pipeline.embeddings.similar_users import find_similar_users
 from behavior_pipeline.encoder.checkpoints import write_untrained
 from behavior_pipeline.encoder.live import CANDIDATE, checkpoint_folder
 from behavior_pipeline.feature_store.promotion import enlist, promote, record_gates
@@ -162,7 +163,26 @@ def candidate_segments(
 
 @dg.asset(
     group_name=GROUP,
-    deps=[candidate_predictions, candidate_segments],
+    deps=[candidate_embeddings],
+    partitions_def=nights,
+    backfill_policy=ONE_NIGHT_A_RUN,
+    kinds={"faiss", "parquet"},
+    metadata=contract_metadata(SIMILAR_USERS),
+)
+def candidate_similar_users(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource
+) -> dg.MaterializeResult[None]:
+    """The users most like each user in the candidate's embeddings."""
+    night = Night(context, pipeline)
+    report = report_to(context, "finding similar users")
+    settings = night.pipeline.settings
+    summary = find_similar_users(_lane(night), settings, night.cutoff, now(), report)
+    return dg.MaterializeResult(metadata=row_count(summary.num_users))
+
+
+@dg.asset(
+    group_name=GROUP,
+    deps=[candidate_predictions, candidate_segments, candidate_similar_users],
     partitions_def=nights,
     backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"feast"},

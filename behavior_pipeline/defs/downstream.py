@@ -89,7 +89,7 @@ def comparison(
 
 @dg.asset(
     group_name="downstream",
-    deps=[comparison, segments, predictions],
+    deps=[comparison, segments, predictions, "drift"],
     partitions_def=nights,
     backfill_policy=ONE_NIGHT_A_RUN,
     kinds={"html"},

@@ -18,6 +18,7 @@ PUBLISHED = {
     "published_rfm": ("user_rfm", "marts"),
     "published_predictions": ("user_predictions", "predictions"),
     "published_segments": ("user_segment", "segments"),
+    "published_similar_users": ("similar_users", "similar_users"),
 }
 """Asset -> (feature view, the asset whose files it publishes)."""
 
@@ -44,9 +45,12 @@ def _published(name: str, view: str, source: str) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult[None]:
         night = Night(context, pipeline)
         report = report_to(context, f"publishing {view}")
-        summary = publish_view(night.pipeline.storage, view, night.cutoff, report=report)
+        opened = night.pipeline
+        is_full = opened.settings.published_rows == "all"
+        summary = publish_view(opened.storage, view, night.cutoff, report=report, is_full=is_full)
         return dg.MaterializeResult(
-            metadata=row_count(summary.num_rows) | {"seconds": summary.seconds}
+            metadata=row_count(summary.num_rows)
+            | {"seconds": summary.seconds, "only_changes": summary.is_partial}
         )
 
     return publish
@@ -56,3 +60,6 @@ published_embeddings = _published("published_embeddings", *PUBLISHED["published_
 published_rfm = _published("published_rfm", *PUBLISHED["published_rfm"])
 published_predictions = _published("published_predictions", *PUBLISHED["published_predictions"])
 published_segments = _published("published_segments", *PUBLISHED["published_segments"])
+published_similar_users = _published(
+    "published_similar_users", *PUBLISHED["published_similar_users"]
+)

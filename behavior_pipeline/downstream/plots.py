@@ -76,7 +76,7 @@ def write_lift_picture(panels: Mapping[str, Sequence[Verdict]], target: Path) ->
         FigureCanvasAgg(figure)
         for place, (title, verdicts) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(len(panels), 1, place)
-            _style(axes, LIGHT)
+            style_axes(axes, LIGHT)
             _draw_lifts(axes, verdicts, title, LIGHT)
         figure.savefig(target, format="png", dpi=110, metadata={"Software": None})
 
@@ -187,7 +187,7 @@ def _legend(axes: Axes, colors: Colors) -> None:
         axes.legend(labelcolor=colors["ink"], fontsize=8.5)
 
 
-def _style(axes: Axes, colors: Colors) -> None:
+def style_axes(axes: Axes, colors: Colors) -> None:
     """Give axes the page's colors."""
     axes.set_facecolor("none")
     axes.tick_params(colors=colors["muted"], length=0, labelsize=8.5)
@@ -196,12 +196,23 @@ def _style(axes: Axes, colors: Colors) -> None:
 
 
 def _svg(name: str, inches: tuple[float, float], draw: Callable[[Axes, Colors], None]) -> str:
+    """Return a drawing on one pair of axes as SVG to be set into a page."""
+
+    def draw_figure(figure: Figure, colors: Colors) -> None:
+        axes = figure.add_subplot()
+        style_axes(axes, colors)
+        draw(axes, colors)
+
+    return page_drawing(name, inches, draw_figure)
+
+
+def page_drawing(
+    name: str, inches: tuple[float, float], draw: Callable[[Figure, Colors], None]
+) -> str:
     """Return a drawing as SVG to be set into a page, its ids its own."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=inches, facecolor="none")
-        axes = figure.add_subplot()
-        _style(axes, TOKENS)
-        draw(axes, TOKENS)
+        draw(figure, TOKENS)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="none")
     return _for_page(buffer.getvalue(), re.sub(r"[^a-z]+", "-", name.lower()))

@@ -16,6 +16,9 @@ from markupsafe import Markup
 from behavior_pipeline.downstream import plots, wording
 from behavior_pipeline.downstream.calibration import NUM_BINS
 from behavior_pipeline.downstream.comparison import CALIBRATION_FILE, COMPARISON_FILE
+from behavior_pipeline.downstream.drift.history import read_history
+from behavior_pipeline.downstream.drift.picture import drift_svg
+from behavior_pipeline.downstream.drift.verdicts import judge_nights
 from behavior_pipeline.downstream.probes import BOOSTING, PENALTIES
 from behavior_pipeline.downstream.representations import BASELINE, CONTROLS
 from behavior_pipeline.downstream.segmentation import MAP_FILE, PROFILES_FILE
@@ -144,6 +147,7 @@ def _context(
         "flat_map": flat_map,
         "num_colors": plots.NUM_SEGMENT_COLORS,
         "calibration": _calibration(folder),
+        "drift": _drift(storage, settings, windows),
         "training": NO_TRAINING | training,
         "training_plots": _training_plots(training),
         "light": plots.LIGHT,
@@ -236,6 +240,22 @@ def _calibration(folder: Path) -> dict[str, Any] | None:
         return None
     svg = _picture(plots.reliability_plot(content["bins"]))
     return {**content, "svg": svg}
+
+
+def _drift(
+    storage: Storage, settings: Settings, windows: EvaluationWindows
+) -> dict[str, Any] | None:
+    """Return the verdict of the night and the picture of those before it, if it was measured."""
+    found = judge_nights(read_history(storage, windows.cutoff), settings)
+    if not found or found[-1].night.cutoff != windows.cutoff:
+        return None
+    return {
+        "findings": [str(finding) for finding in found[-1].findings],
+        "num_nights": len(found),
+        "svg": _picture(drift_svg(found)),
+        "per_year": settings.drift_false_alarms_per_year,
+        "calm_nights": settings.drift_calm_nights,
+    }
 
 
 def _training_plots(training: dict[str, Any]) -> list[dict[str, Any]]:

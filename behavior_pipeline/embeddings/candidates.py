@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from behavior_pipeline.embeddings.alignment import Alignment, fit_alignment
+from behavior_pipeline.embeddings.changes import Served
 from behavior_pipeline.embeddings.inference import EmbeddingsSummary, embed_sequences
 from behavior_pipeline.embeddings.states import newest_states
 from behavior_pipeline.progress import Report, report_nothing
@@ -55,6 +56,7 @@ def embed_candidate(
             previous_states_folder=newest_states([states]),
             threads=threads,
             alignment=alignment,
+            served=Served(),
             report=report,
         )
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
@@ -27,6 +27,7 @@ import torch
 
 from behavior_pipeline.contracts import COLD_START_USER, SEQUENCES, embedding_schema
 from behavior_pipeline.embeddings.alignment import Alignment
+from behavior_pipeline.embeddings.changes import ChangesWriter, Served, space_of
 from behavior_pipeline.embeddings.states import (
     KnownStates,
     Vectors,
@@ -34,6 +35,7 @@ from behavior_pipeline.embeddings.states import (
     silence_days,
     state_schema,
     states_table,
+    to_vectors,
 )
 from behavior_pipeline.encoder.checkpoints import (
     Checkpoint,
@@ -47,7 +49,7 @@ from behavior_pipeline.encoder.vector_tables import embeddings_table
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.sequences.reading import count_users, read_bucket, sequence_files
-from behavior_pipeline.storage import writing_file, writing_folder
+from behavior_pipeline.storage import CHANGES_FOLDER, writing_file, writing_folder
 
 BATCH_TOKENS: Final = 2048
 """Padded tokens of a batch. Small batches waste little on users that fill no whole batch, and are
@@ -71,6 +73,7 @@ class EmbeddingsSummary:
         checkpoint_id: encoder behind all of them.
         width: D, numbers in an embedding.
         events_per_second: events in the lists of all users, over the time that it all took.
+        num_changed: rows that must be published anew, the prior's among them; None if not asked.
     """
 
     num_users: int
@@ -79,6 +82,7 @@ class EmbeddingsSummary:
     checkpoint_id: str
     width: int
     events_per_second: float
+    num_changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def embed_sequences(
     threads: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     alignment: Alignment | None = None,
+    served: Served | None = None,
     report: Report = report_nothing,
 ) -> EmbeddingsSummary:
     """Embed every user of a folder of sequences as of its cutoff.
@@ -160,6 +165,8 @@ def embed_sequences(
         threads: buckets that are worked on at once; None means as many as torch has threads.
         batch_tokens: padded tokens of a batch.
         alignment: how the vectors are moved on; states never are.
+        served: what services read, to tell what has changed since (`changes.ChangesWriter`), in
+            CHANGES_FOLDER inside the embeddings; None tells nothing.
         report: progress over users.
 
     Raises:
@@ -173,18 +180,35 @@ def embed_sequences(
     _check_checkpoint(night)
     tally = _Tally(report, count_users(sequences_folder))
     with writing_folder(states_folder) as states, writing_folder(embeddings_folder) as embeddings:
+        changes = None if served is None else _changes_writer(embeddings, served, night)
 
         def embed_bucket(path: Path) -> None:
             known = _known_states(previous_states_folder, path.name, night)
-            for chunk in _write_bucket(path, known, states, embeddings, night):
+            for chunk in _write_bucket(path, known, states, embeddings, night, changes):
                 tally.add(chunk, path.stem)
 
         with _side_by_side(threads or torch.get_num_threads(), tally) as pool:
             for job in [pool.submit(embed_bucket, path) for path in files]:
                 job.result()
+        prior = _prior_table(night)
         with writing_file(embeddings / PRIOR_FILE) as target:
-            pq.write_table(_prior_table(night), target)
-    return tally.summary(night)
+            pq.write_table(prior, target)
+        num_changed = changes.finish(PRIOR_FILE, prior).num_changed if changes else None
+    return replace(tally.summary(night), num_changed=num_changed)
+
+
+def _changes_writer(embeddings_folder: Path, served: Served, night: _Night) -> ChangesWriter:
+    """Prepare for telling what has changed since the last publication."""
+    checkpoint_id = night.checkpoint.checkpoint_id
+    return ChangesWriter(
+        folder=embeddings_folder / CHANGES_FOLDER,
+        served=served,
+        cutoff=night.cutoff,
+        space_id=space_of(checkpoint_id, night.alignment),
+        checkpoint_id=checkpoint_id,
+        schema=embedding_schema(night.width),
+        read_out=night.read_out,
+    )
 
 
 @contextmanager
@@ -278,7 +302,12 @@ def _known_states(folder: Path | None, bucket: str, night: _Night) -> KnownState
 
 
 def _write_bucket(
-    path: Path, known: KnownStates, states_folder: Path, embeddings_folder: Path, night: _Night
+    path: Path,
+    known: KnownStates,
+    states_folder: Path,
+    embeddings_folder: Path,
+    night: _Night,
+    changes: ChangesWriter | None,
 ) -> Iterator[_Chunk]:
     """Embed the users of a sequence file into a file of the same name in each folder."""
     with ExitStack() as stack:
@@ -286,12 +315,20 @@ def _write_bucket(
         embeddings = _open_writer(
             stack, embeddings_folder / path.name, embedding_schema(night.width)
         )
+        changed = stack.enter_context(changes.bucket(path.name)) if changes else None
         for sequences in read_bucket(path, CHUNK_USERS):
             _check_sequences(sequences, path, night)
             chunk = _embed(sequences, path, known, night)
             states.write_table(chunk.states)
             embeddings.write_table(chunk.embeddings)
+            if changed is not None:
+                changed.add(chunk.embeddings, *_behind(chunk.states, night))
             yield chunk
+
+
+def _behind(states: pa.Table, night: _Night) -> tuple[pa.Array, Vectors]:
+    """Return the fingerprints (N,) and the states (N, S) of a table of states."""
+    return states["fingerprint"].combine_chunks(), to_vectors(states["state"], night.state_width)
 
 
 def _open_writer(stack: ExitStack, target: Path, schema: pa.Schema) -> pq.ParquetWriter:

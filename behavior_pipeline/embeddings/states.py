@@ -77,9 +77,15 @@ class KnownStates:
         return places
 
 
-def silence_days(last_event_at: pa.ChunkedArray, cutoff: datetime) -> Vectors:
-    """Return the days from each last event to the cutoff, (N,); 0 where there is no event."""
-    silence = pc.subtract(pa.scalar(cutoff, TIMESTAMP), last_event_at).cast(pa.int64())
+def silence_days(last_event_at: pa.ChunkedArray, cutoff: datetime | pa.Array) -> Vectors:
+    """Return the days from each last event to the cutoff, (N,); 0 where there is no event.
+
+    Args:
+        last_event_at: N timestamps.
+        cutoff: one for all, or N timestamps.
+    """
+    until = cutoff if isinstance(cutoff, pa.Array) else pa.scalar(cutoff, TIMESTAMP)
+    silence = pc.subtract(until, last_event_at).cast(pa.int64())
     days: Vectors = (pc.fill_null(silence, 0).to_numpy() / 86_400_000_000).astype(np.float32)
     return days
 

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.feature_store.published import newest_cutoff
+from behavior_pipeline.feature_store.published import (
+    PublishedView,
+    newest_cutoff,
+    read_published,
+)
 from behavior_pipeline.feature_store.repository import full_name, open_store
 from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.storage import Storage
+from behavior_pipeline.windows import parse_cutoff
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -25,7 +30,8 @@ def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
     """Return all online features of a user under Feast's full names, `user_rfm__frequency`.
 
     Beside them stand `user_id` as asked, `is_cold_start`, and for each view `<view>__is_stale`:
-    its value lies more days behind the newest published cutoff than the view's tag allows. A view
+    its value lies more days behind the newest published cutoff than the view's tag allows, or the
+    view itself was last published longer before it than its other tag allows. A view
     that has no row of the user is None throughout. A user without a published embedding gets the
     embedding of the reserved cold-start user and `is_cold_start` True.
 
@@ -43,8 +49,11 @@ def lookup(storage: Storage, user_id: str) -> dict[str, Any]:
     user, prior = _read(store, service, [user_id, COLD_START_USER])
     if user[full_name(EMBEDDING_VIEW, "cutoff_at")] is None:
         user |= _of_view(prior, EMBEDDING_VIEW)
+    states = read_published(storage)
     flags = {
-        full_name(view.name, "is_stale"): _is_stale(view, user, newest)
+        full_name(view.name, "is_stale"): _is_stale(
+            view, user, newest, _behind(view, states, newest)
+        )
         for view in store.list_feature_views()
     }
     is_cold_start = user[full_name(EMBEDDING_VIEW, "is_cold_start")] is not False
@@ -73,9 +82,22 @@ def _of_view(features: dict[str, Any], view: str) -> dict[str, Any]:
     return {name: value for name, value in features.items() if name.startswith(prefix)}
 
 
-def _is_stale(view: FeatureView, user: dict[str, Any], newest: datetime) -> bool | None:
-    """Say whether a view's values lie too far behind; None where there are none."""
+def _behind(view: FeatureView, states: dict[str, PublishedView], newest: datetime) -> timedelta:
+    """Return how long before the newest published cutoff a view was last published."""
+    last = states.get(view.name, PublishedView()).online_cutoff
+    return newest - parse_cutoff(last) if last else timedelta(0)
+
+
+def _is_stale(
+    view: FeatureView, user: dict[str, Any], newest: datetime, behind: timedelta
+) -> bool | None:
+    """Say whether a view's values lie too far behind; None where there are none.
+
+    A night that leaves an embedding as it is has looked at it: such a row may be older than the
+    view's last publication (see `embeddings/changes.py`), which has an age of its own.
+    """
     cutoff_at: datetime | None = user[full_name(view.name, "cutoff_at")]
     if cutoff_at is None:
         return None
-    return newest - cutoff_at > timedelta(days=int(view.tags["stale_after_days"]))
+    is_old = newest - cutoff_at > timedelta(days=int(view.tags["stale_after_days"]))
+    return is_old or behind > timedelta(days=int(view.tags["late_after_days"]))

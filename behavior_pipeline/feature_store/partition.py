@@ -33,6 +33,10 @@ _SOURCES: Final[dict[str, Callable[[Storage, datetime], tuple[Path, str]]]] = {
         "predictions.parquet",
     ),
     "user_segment": lambda storage, cutoff: (storage.segments(cutoff), "segments.parquet"),
+    "similar_users": lambda storage, cutoff: (
+        storage.similar_users(cutoff),
+        "similar_users.parquet",
+    ),
 }
 
 VIEWS: Final = tuple(_SOURCES)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
-from behavior_pipeline.feature_store.online import write_online
+from behavior_pipeline.feature_store.online import delete_online, write_online
 from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
+from behavior_pipeline.feature_store.plan import Plan, plan_publication, settle
 from behavior_pipeline.feature_store.published import (
     PublishedCutoff,
     PublishedView,
@@ -40,10 +41,11 @@ class PublishSummary:
 
     Attributes:
         view: name of the feature view.
-        num_rows: users in the partition.
+        num_rows: users in the partition: all of the cutoff's, or those that have changed.
         seconds: how long it took.
         cutoff: the observation cutoff published.
         is_served: the online store holds these values; False for a cutoff older than the served.
+        is_partial: only what has changed since the publication before was written.
     """
 
     view: str
@@ -51,6 +53,7 @@ class PublishSummary:
     seconds: float
     cutoff: datetime
     is_served: bool
+    is_partial: bool = False
 
 
 def publish_view(
@@ -59,8 +62,12 @@ def publish_view(
     cutoff: datetime,
     report: Report = report_nothing,
     version: int | None = None,
+    *,
+    is_full: bool = False,
 ) -> PublishSummary:
     """Publish the rows of a view at a cutoff to the offline and the online store.
+
+    Of embeddings only what has changed is written, where that is enough: see `plan.py`.
 
     Args:
         storage: the home, or a candidate's lane of it.
@@ -68,27 +75,41 @@ def publish_view(
         cutoff: observation cutoff; its rows must have been made by the stages before.
         report: called with the users written online so far.
         version: under which it is published; default the live one.
+        is_full: write every row even if only the changes would do.
 
     Raises:
         PipelineError: if there are no rows, or they may not be published together (see
             `partition.check_rows`), or the version holds another checkpoint's rows.
     """
     started = perf_counter()
-    files = source_files(storage, view, cutoff)
-    facts = check_rows(storage, view, cutoff, files)
+    source_files(storage, view, cutoff)  # a mistake is told before Feast is opened
     number = version or read_versions(storage).live
     store = open_store(storage)
     with exclusive(storage):
+        plan = plan_publication(storage, view, cutoff, number, is_full=is_full)
+        facts = _check(storage, view, cutoff, plan)
         if facts.checkpoint_id is not None:
             record_checkpoint(storage, number, facts.checkpoint_id)
         defined = view_of(store, view, number)
-        path = write_partition(defined, offline_folder(storage, view, number), cutoff, files)
+        path = write_partition(defined, offline_folder(storage, view, number), cutoff, plan.files)
         state = _record_history(storage, view, cutoff, facts, number)
         is_served = state.online_cutoff == f"{cutoff:%Y-%m-%d}"
         if is_served:
             _serve(store, defined, path, report)
+            if plan.vanished is not None and len(plan.vanished):
+                delete_online(store, defined, plan.vanished)
+            settle(storage, number, plan)
             write_published(storage, view, replace(state, is_online_complete=True), number)
-    return PublishSummary(view, facts.num_rows, perf_counter() - started, cutoff, is_served)
+    seconds = perf_counter() - started
+    return PublishSummary(view, facts.num_rows, seconds, cutoff, is_served, plan.is_partial)
+
+
+def _check(storage: Storage, view: str, cutoff: datetime, plan: Plan) -> PublishedCutoff:
+    """Check the rows of a publication; a night may have changed nothing."""
+    if plan.is_partial and not any(pq.read_metadata(path).num_rows for path in plan.files):
+        return PublishedCutoff(0, plan.checkpoint_id, is_partial=True)
+    facts = check_rows(storage, view, cutoff, plan.files)
+    return replace(facts, is_partial=plan.is_partial)
 
 
 def _record_history(

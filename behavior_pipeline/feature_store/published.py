@@ -22,10 +22,12 @@ class PublishedCutoff:
     Attributes:
         num_rows: users in the partition.
         checkpoint_id: the one checkpoint behind its rows, null for views without an encoder.
+        is_partial: only users whose row changed; everyone else's lies in an earlier partition.
     """
 
     num_rows: int
     checkpoint_id: str | None
+    is_partial: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.ledger import ledgers_folder
 from behavior_pipeline.feature_store.online import delete_online
 from behavior_pipeline.feature_store.repository import (
     apply_definitions,
@@ -61,6 +62,8 @@ def retire(storage: Storage) -> tuple[int, ...]:
         folder = offline_folder(storage, view.name, number)
         _drop(store, view, folder)
         shutil.rmtree(folder, ignore_errors=True)
+    for number in gone:
+        shutil.rmtree(ledgers_folder(storage, number), ignore_errors=True)
     _remove_lanes(storage)
     return gone
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from behavior_pipeline.feature_store.list_serialization import float_lists, string_lists
+
 if TYPE_CHECKING:
     from feast import FeatureView
     from feast.types import FeastType
@@ -25,8 +27,8 @@ class OnlineFeature(NamedTuple):
     Attributes:
         name: of the feature.
         values: serialised `Value` of each user.
-        texts: what Feast's SQL stores keep beside it for searches by text; None for vectors, times
-            and nulls.
+        texts: what Feast's SQL stores keep beside it for searches by text; None for vectors, lists,
+            times and nulls.
     """
 
     name: str
@@ -36,12 +38,18 @@ class OnlineFeature(NamedTuple):
 
 def online_features(batch: pa.RecordBatch, view: FeatureView) -> list[OnlineFeature]:
     """Return the features of a view, in its order, from a batch with a column for each."""
-    return [
-        _vectors(field.name, batch.column(field.name))
-        if pa.types.is_fixed_size_list(batch.column(field.name).type)
-        else _scalars(field.name, batch.column(field.name), field.dtype)
-        for field in view.features
-    ]
+    return [_feature(field.name, batch.column(field.name), field.dtype) for field in view.features]
+
+
+def _feature(name: str, column: pa.Array, dtype: FeastType) -> OnlineFeature:
+    """Return one feature, by its type in Arrow."""
+    if pa.types.is_fixed_size_list(column.type):
+        return _vectors(name, column)
+    if pa.types.is_list(column.type):
+        is_text = pa.types.is_string(column.type.value_type)
+        values = string_lists(column) if is_text else float_lists(column)
+        return OnlineFeature(name, values, [None] * len(values))
+    return _scalars(name, column, dtype)
 
 
 def entity_keys(users: pa.Array, join_key: str, version: int = 3) -> list[bytes]:

@@ -1,4 +1,8 @@
-"""Proof of a publication: vectors read back through Feast equal the files, bit for bit."""
+"""Proof of a publication: vectors read back through Feast equal the files, bit for bit.
+
+A user whose row was left as it is must have the row of the cutoff that the ledger names, as it lies
+in the history, and it must be as near to the night's own vector as the night promised.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from behavior_pipeline.contracts import TIMESTAMP
+from behavior_pipeline.embeddings.states import to_vectors
 from behavior_pipeline.errors import PipelineError
-from behavior_pipeline.feature_store.partition import OFFLINE_BATCH_ROWS, source_files
+from behavior_pipeline.feature_store.ledger import published_ledger
+from behavior_pipeline.feature_store.partition import (
+    OFFLINE_BATCH_ROWS,
+    OFFLINE_FILE,
+    source_files,
+)
 from behavior_pipeline.feature_store.published import PublishedView, read_published
-from behavior_pipeline.feature_store.repository import open_store
+from behavior_pipeline.feature_store.repository import offline_folder, open_store
 from behavior_pipeline.feature_store.versions import read_versions
-from behavior_pipeline.storage import Storage
+from behavior_pipeline.storage import Storage, cutoff_folder
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -35,11 +46,14 @@ class Verification:
         num_users: users compared.
         num_equal: users whose vector, checkpoint and cutoff are all as in the files.
         mismatches: ids of the first few others.
+        max_drift: the largest distance between a served vector and the night's own, as a share of
+            the served one's length.
     """
 
     num_users: int
     num_equal: int
     mismatches: tuple[str, ...]
+    max_drift: float = 0.0
 
     @property
     def is_equal(self) -> bool:
@@ -54,7 +68,7 @@ def verify_published(
     seed: int = 0,
     version: int | None = None,
 ) -> Verification:
-    """Compare random users' served embeddings with the files of a cutoff.
+    """Compare random users' served embeddings with the files that they were published from.
 
     Args:
         storage: the home, or a candidate's lane of it.
@@ -71,11 +85,13 @@ def verify_published(
     number = version or read_versions(storage).live
     _check_served(storage, cutoff, number)
     store, wrong = open_store(storage), list[str]()
-    expected = _rows_of(files, _sample_users(files, num_users, seed))
+    fresh = _rows_of(files, _sample_users(files, num_users, seed)).sort_by("user_id")
+    expected = _rows_as_published(storage, fresh, number)
     for start in range(0, expected.num_rows, READ_USERS):
         wrong += _mismatches(store, expected.slice(start, READ_USERS), number)
     num_equal = expected.num_rows - len(wrong)
-    return Verification(expected.num_rows, num_equal, tuple(wrong[:SHOWN_MISMATCHES]))
+    drift = _largest_drift(fresh, expected)
+    return Verification(expected.num_rows, num_equal, tuple(wrong[:SHOWN_MISMATCHES]), drift)
 
 
 def _check_served(storage: Storage, cutoff: datetime, version: int) -> None:
@@ -111,6 +127,44 @@ def _rows_of(files: list[Path], users: pa.Array) -> pa.Table:
             batches = source.iter_batches(OFFLINE_BATCH_ROWS, columns=columns)
             found += [b.filter(pc.is_in(b.column("user_id"), value_set=users)) for b in batches]
     return pa.Table.from_batches(found)
+
+
+def _rows_as_published(storage: Storage, fresh: pa.Table, version: int) -> pa.Table:
+    """Return users' rows of the cutoffs at which the ledger says that they were published.
+
+    Args:
+        storage: the home, or a candidate's lane of it.
+        fresh: their rows of the served cutoff, sorted by user.
+        version: which is compared.
+    """
+    ledger = published_ledger(storage, version)
+    if ledger is None:
+        return fresh
+    places = pc.index_in(fresh["user_id"], value_set=ledger.user_ids)
+    published = pc.coalesce(
+        pc.take(ledger.rows["published_cutoff"], places), fresh["observation_cutoff"]
+    )
+    is_left = pc.not_equal(published, fresh["observation_cutoff"])
+    parts, folder = [fresh.filter(pc.invert(is_left))], offline_folder(storage, VIEW, version)
+    for cutoff in pc.unique(published.filter(is_left)).to_pylist():
+        users = fresh["user_id"].filter(pc.equal(published, pa.scalar(cutoff, TIMESTAMP)))
+        path = folder / cutoff_folder(cutoff) / OFFLINE_FILE
+        parts.append(_rows_of([path], users.combine_chunks()))
+    return pa.concat_tables(parts).sort_by("user_id")
+
+
+def _largest_drift(fresh: pa.Table, expected: pa.Table) -> float:
+    """Return the largest distance between two vectors of a user over the second one's length."""
+    if not fresh["user_id"].equals(expected["user_id"]):
+        return float("inf")  # a row that the ledger speaks of is not in the history
+    is_left = pc.not_equal(fresh["observation_cutoff"], expected["observation_cutoff"])
+    now, then = (
+        to_vectors(table["embedding"].filter(is_left), table["embedding"].type.list_size)
+        for table in (fresh, expected)
+    )
+    moved = np.linalg.norm((now - then).astype(np.float64), axis=1)
+    lengths = np.linalg.norm(then.astype(np.float64), axis=1)
+    return float(np.max(moved / np.where(moved > 0, lengths, 1), initial=0))
 
 
 def _mismatches(store: FeatureStore, expected: pa.Table, version: int) -> list[str]:

@@ -17,7 +17,7 @@ from behavior_pipeline.storage import Storage, read_json, write_json
 
 FIRST: Final = 1  # the version of a home's first checkpoint
 
-VERSIONED: Final = ("user_embedding", "user_predictions", "user_segment")
+VERSIONED: Final = ("user_embedding", "user_predictions", "user_segment", "similar_users")
 """Views whose values depend on the checkpoint: each version has its own."""
 
 

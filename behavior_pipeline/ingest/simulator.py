@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.ingest.simulation.changes import Change, apply_changes
 from behavior_pipeline.ingest.simulation.export import to_table, write_events
 from behavior_pipeline.ingest.simulation.lives import live
 from behavior_pipeline.ingest.simulation.population import Population, draw_population
@@ -38,6 +39,7 @@ MIN_CHUNK_USERS: Final = 32
 MAX_CHUNK_EVENTS: Final = 1_000_000  # expected, not exact
 USUAL_EVENTS_PER_DAY: Final = 1.0  # of a user, at activity 1
 CHUNK_SPAWN_KEY: Final = 2  # 0 and 1 belong to the world
+CHANGES_SPAWN_KEY: Final = 3
 
 PILOT_CHUNKS: Final = 4
 PILOT_ROUNDS: Final = 30
@@ -77,6 +79,7 @@ class _Plan:
     seed: int
     start: date
     num_events: int | None
+    changes: tuple[Change, ...] = ()
 
     def __post_init__(self) -> None:
         _check_at_least("number of users", self.num_users, 1)
@@ -88,6 +91,7 @@ class _Plan:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments as the manifest keeps them."""
+        changes = [change.to_json() for change in self.changes]
         return {
             "num_users": self.num_users,
             "num_days": self.num_days,
@@ -95,6 +99,7 @@ class _Plan:
             "start": self.start.isoformat(),
             "num_events": self.num_events,
             "simulator_version": SIMULATOR_VERSION,
+            **({"changes": changes} if changes else {}),
         }
 
     @property
@@ -135,6 +140,7 @@ def simulate(
     start: date = DEFAULT_START,
     num_events: int | None = None,
     report: Report = report_nothing,
+    changes: Sequence[Change] = (),
 ) -> SimulationSummary:
     """Write the raw events of a simulated shop to Parquet files, one per chunk of users.
 
@@ -150,12 +156,13 @@ def simulate(
         num_events: rows wanted; users become more or less active so that about as many come out
             (within 5 %). Natural activity when absent.
         report: called once per chunk.
+        changes: happen to what is recorded on some day; the events before it stay the same.
 
     Raises:
         PipelineError: if an argument is out of range, or so many events cannot come from so many
             users and days, or the folder holds anything that no simulation wrote.
     """
-    plan = _Plan(num_users, num_days, seed, start, num_events)
+    plan = _Plan(num_users, num_days, seed, start, num_events, tuple(changes))
     if not _is_written(folder, plan):
         _check_replaceable(folder)
         _write(folder, plan, report)
@@ -246,7 +253,10 @@ def _simulate_chunk(
     rng = np.random.default_rng(sequence)
     population = draw_population(rng, world, plan.users_of(chunk))
     sessions = live(rng, world, population, activity)
-    return rng, population, render(rng, world, population, sessions)
+    events = render(rng, world, population, sessions)
+    changing = np.random.SeedSequence(plan.seed, spawn_key=(CHANGES_SPAWN_KEY, chunk))
+    drawn = np.random.default_rng(changing)  # of its own: without changes all is as ever
+    return rng, population, apply_changes(drawn, events, plan.changes, plan.start)
 
 
 def _count_broken(table: pa.Table) -> int:

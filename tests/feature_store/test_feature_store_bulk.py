@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from feast import ValueType
+from feast.type_map import python_values_to_proto_values
 from feature_store_builders import (
     NOVEMBER,
     online_table,
@@ -17,10 +19,12 @@ from feature_store_builders import (
     write_predictions,
     write_rfm,
     write_segments,
+    write_similar_users,
 )
 
 from behavior_pipeline.contracts import COLD_START_USER
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.list_serialization import float_lists, string_lists
 from behavior_pipeline.feature_store.online import delete_online, write_online
 from behavior_pipeline.feature_store.partition import VIEWS
 from behavior_pipeline.feature_store.publish import publish_view
@@ -45,7 +49,7 @@ def write_all(storage: Storage) -> None:
     values = vectors(len(USERS), seed=1)
     values[1, :3] = [np.nan, 0.0, -0.0]
     write_embeddings(storage, NOVEMBER, USERS, values)
-    for write in (write_rfm, write_predictions, write_segments):
+    for write in (write_rfm, write_predictions, write_segments, write_similar_users):
         write(storage, NOVEMBER, USERS)
     rfm = pq.read_table(storage.marts(NOVEMBER) / "user_rfm.parquet")
     signed = pa.array([(-0.0, 0.0, 1e-310, 2.5)[row % 4] for row in range(len(USERS))])
@@ -126,3 +130,42 @@ def test_other_kinds_of_online_store_are_the_users_mistake(storage: Storage):
     store: Any = SimpleNamespace(config=SimpleNamespace(online_store=kind))
     with pytest.raises(PipelineError, match="of the kind 'dynamodb'"):
         write_online(store, view, [], 0)
+
+
+LISTS = {
+    "strings": pa.array(
+        [["a"], [], None, ["", "ä", "日本"], ["x" * 200], ["y"] * 300, ["z" * 20_000]],
+        pa.list_(pa.string()),
+    ),
+    "floats": pa.array(
+        [[1.0], [], None, [-0.0, float("nan"), 1e-45], [0.5] * 31, [0.5] * 40, [2.0] * 5_000],
+        pa.list_(pa.float32()),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_any_length_are_feasts_bytes(kind: str):
+    column, cut = LISTS[kind], LISTS[kind].slice(2, 4)
+    value_type = ValueType.STRING_LIST if kind == "strings" else ValueType.FLOAT_LIST
+    serialize = string_lists if kind == "strings" else float_lists
+    theirs = [
+        value.SerializeToString()
+        for value in python_values_to_proto_values(column.to_pylist(), value_type)
+    ]
+    assert serialize(column) == theirs
+    assert serialize(cut) == theirs[2:6]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([["a", None]]), "a list holds a null"),
+        (pa.array([[1.0, None]], pa.list_(pa.float32())), "a list holds a null"),
+        (pa.array([[1.0]]), "the lists hold double"),
+    ],
+)
+def test_lists_that_feast_would_change_are_refused(column: pa.Array, message: str):
+    serialize = string_lists if pa.types.is_string(column.type.value_type) else float_lists
+    with pytest.raises(ValueError, match=message):
+        serialize(column)

@@ -25,9 +25,11 @@ from behavior_pipeline.storage import Storage
 def test_definitions_are_applied_with_owner_and_description(storage: Storage):
     store = open_store(storage)
     views = {view.name: view for view in store.list_feature_views()}
-    assert sorted(views) == ["user_embedding", "user_predictions", "user_rfm", "user_segment"]
+    assert sorted(views) == [
+        "similar_users", "user_embedding", "user_predictions", "user_rfm", "user_segment"
+    ]  # fmt: skip
     services = {service.name for service in store.list_feature_services()}
-    names = ("churn_model", "personalization", "user_profile")
+    names = ("churn_model", "lookalikes", "personalization", "training_set", "user_profile")
     assert services == {*names, *(f"{name}_v1" for name in names)}
     things = [*views.values(), *store.list_feature_services(), *store.list_entities()]
     assert all(thing.description and thing.owner for thing in things if thing.name != "__dummy")
@@ -75,7 +77,7 @@ def test_opening_again_applies_nothing(storage: Storage, monkeypatch: pytest.Mon
 def test_a_lost_file_is_made_again(storage: Storage, lost: str):
     open_store(storage)
     (storage.feature_store / lost).unlink()
-    assert len(open_store(storage).list_feature_views()) == 4
+    assert len(open_store(storage).list_feature_views()) == 5
     assert (storage.feature_store / lost).exists()
 
 

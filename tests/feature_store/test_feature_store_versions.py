@@ -17,6 +17,7 @@ from feature_store_builders import (
     write_predictions,
     write_rfm,
     write_segments,
+    write_similar_users,
 )
 
 from behavior_pipeline.encoder.live import CANDIDATE, LIVE, UNTRAINED, point_to, pointed_to
@@ -50,6 +51,7 @@ def publish(storage: Storage, cutoff: datetime, checkpoint: str, version: int | 
     write_embeddings(storage, cutoff, USERS, values, (checkpoint,))
     write_predictions(storage, cutoff, USERS, checkpoint)
     write_segments(storage, cutoff, USERS, checkpoint)
+    write_similar_users(storage, cutoff, USERS, checkpoint)
     for view in VERSIONED:
         publish_view(storage, view, cutoff, version=version)
 
