@@ -23,6 +23,7 @@ from behavior_pipeline.storage import read_json, write_json
 INDEX_FILE: Final = "index.faiss"
 USERS_FILE: Final = "users.parquet"
 ABOUT_FILE: Final = "index.json"
+INDEX_FILES: Final = (INDEX_FILE, USERS_FILE, ABOUT_FILE)
 SEARCH_PROBES: Final = 32  # lists searched for one user
 SAMPLE: Final = 32_768  # vectors that the ranges of the 8 bits are found from, at the least
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behavior_pipeline.contracts import COLD_START_USER
+from behavior_pipeline.embeddings.neighbor_index import INDEX_FILES
 from behavior_pipeline.erasure.databases import compact_online, erase_online, online_views
 from behavior_pipeline.erasure.documents import (
     recount_loads,
@@ -149,6 +150,7 @@ class _Work:
         """Find what there is, then remove it: databases, stores, files; then mend the records."""
         shutil.rmtree(self.storage.scratch, ignore_errors=True)
         self.report(0, 1, "looking")
+        _drop_indexes(self.storage)
         views = online_views(self.storage)  # first: files of an older release move when it opens
         event_ids = self._event_ids()
         by_event = Removal("event_id", event_ids)
@@ -253,6 +255,16 @@ class _Work:
     def _save(self) -> None:
         """Write down how far it is."""
         write_json(_pending_file(self.storage), self.pending)
+
+
+def _drop_indexes(storage: Storage) -> None:
+    """Remove the indexes of neighbours, whose vectors have places and no names.
+
+    The lists of neighbours stay; the next night makes an index of those who are left.
+    """
+    for name in INDEX_FILES:
+        for path in storage.home.rglob(f"similar_users/cutoff=*/{name}"):
+            path.unlink()
 
 
 def _has_rows(path: Path) -> bool:
