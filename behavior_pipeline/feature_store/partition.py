@@ -184,6 +184,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         path,
         schema,
+        write_statistics=[paths[name] for name in schema.names if name not in vectors],
         compression={paths[name]: "none" if name in vectors else "zstd" for name in schema.names},
         use_dictionary=[paths[name] for name in schema.names if name not in vectors],
     )
