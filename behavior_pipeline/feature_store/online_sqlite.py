@@ -25,6 +25,7 @@ from behavior_pipeline.feature_store.in_parallel import ahead
 from behavior_pipeline.feature_store.serialization import entity_keys, online_features
 from behavior_pipeline.progress import Report, report_nothing
 from behavior_pipeline.sql import quote_identifier, quote_text
+from behavior_pipeline.storage import PRIVATE_FILE
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -45,6 +46,7 @@ def make_file(path: Path) -> None:
     A file that Feast made has SQLite's pages of 4 kB. It works as well, and is written more slowly.
     """
     if not path.exists():
+        path.touch(PRIVATE_FILE)  # and so are the files that SQLite puts beside it
         with closing(sqlite3.connect(path)) as connection:
             connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             connection.execute("PRAGMA journal_mode = WAL")

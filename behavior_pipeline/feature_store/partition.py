@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OFFLINE_FILE: Final = "features.parquet"
 OFFLINE_BATCH_ROWS: Final = 8_192  # rows in memory, and in a row group of the published file
+READ_BYTES: Final = 1 << 20  # of a column, at a time
 CHECK_MEMORY: Final = "1GB"  # of the queries that look a partition over before it is published
 
 _SOURCES: Final[dict[str, Callable[[Storage, datetime], tuple[Path, str]]]] = {
@@ -196,13 +197,23 @@ def _batches(path: Path, num_rows: int) -> Iterator[pa.RecordBatch]:
     A file without `written_at` was written when the file system says.
     """
     written_at = pa.scalar(datetime.fromtimestamp(path.stat().st_mtime, UTC), TIMESTAMP)
-    with pq.ParquetFile(path) as source:
-        for batch in source.iter_batches(num_rows):
-            if "written_at" in batch.schema.names:
-                yield batch
-            else:
-                column = pa.repeat(written_at, batch.num_rows)
-                yield batch.append_column("written_at", column)
+    for batch in read_batches(path, num_rows):
+        if "written_at" in batch.schema.names:
+            yield batch
+        else:
+            column = pa.repeat(written_at, batch.num_rows)
+            yield batch.append_column("written_at", column)
+
+
+def read_batches(
+    path: Path, num_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file, holding little more than a batch.
+
+    Arrow's own way of reading ahead keeps every byte of the file that it has read.
+    """
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as source:
+        yield from source.iter_batches(num_rows, columns=columns)
 
 
 def _published_schema(view: FeatureView, source: pa.Schema) -> pa.Schema:

@@ -16,7 +16,12 @@ import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
 from behavior_pipeline.feature_store.online import delete_online, write_online
-from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
+from behavior_pipeline.feature_store.partition import (
+    check_rows,
+    read_batches,
+    source_files,
+    write_partition,
+)
 from behavior_pipeline.feature_store.plan import Plan, plan_publication, settle
 from behavior_pipeline.feature_store.published import (
     PublishedCutoff,
@@ -136,7 +141,5 @@ def _serve(store: FeatureStore, view: FeatureView, path: Path, report: Report) -
 
     A user's values are replaced whatever their age: the caller makes sure that none is newer.
     """
-    with pq.ParquetFile(path) as partition:
-        batches = partition.iter_batches(ONLINE_BATCH_ROWS)
-        num_rows = partition.metadata.num_rows
-        write_online(store, view, batches, num_rows, report)
+    batches = read_batches(path, ONLINE_BATCH_ROWS)
+    write_online(store, view, batches, pq.read_metadata(path).num_rows, report)

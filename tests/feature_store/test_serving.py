@@ -37,7 +37,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 def test_the_example_reads_what_was_published_over_http(tmp_path: Path):
     storage = Storage(tmp_path / "data" / "online_retail_ii")
     values = vectors(len(USERS), seed=0)
-    values[0, :8] = 0.5  # infinity is no JSON
+    values[0, :8] = 0.5  # plain numbers
     write_embeddings(storage, NOVEMBER, USERS, values)
     write_rfm(storage, NOVEMBER, USERS[:2])
     for view in ("user_embedding", "user_rfm"):
