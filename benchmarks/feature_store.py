@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,9 @@ import psycopg
 import pyarrow.parquet as pq
 from feature_store_data import CUTOFF, write_embeddings
 from figures import figure, measured, publish
+from synthetic_nights import NIGHT, seconds_of, write_night
 
+from behavior_pipeline.feature_store.ledger import served_before
 from behavior_pipeline.feature_store.partition import OFFLINE_FILE
 from behavior_pipeline.feature_store.publish import publish_view
 from behavior_pipeline.feature_store.repository import offline_folder, open_store
@@ -52,6 +54,8 @@ VIEW = "user_embedding"
 FEATURES = [f"{VIEW}:embedding", f"{VIEW}:checkpoint_id", f"{VIEW}:cutoff_at"]
 PEER = "Feast 0.67 materialize"
 SERVER_WIDTH = 256
+TOUCHED = 0.01  # users of a night
+MAX_MOVE = 0.05  # of a vector before it is published anew
 Line = dict[str, object]
 Publication = tuple[float, float]
 """Users a second, and peak memory of the process in GB."""
@@ -66,7 +70,7 @@ def main() -> None:
         for width in options.widths:
             lines += _sqlite(folder, options, width, peaks)
         lines.append(measured("publish_peak_gb", max(peaks), "GB", num_users=options.users))
-        lines += _servers(folder, options)
+        lines += _nights(folder, options) + _servers(folder, options)
     publish("feature_store", lines, is_kept=options.is_full)
 
 
@@ -103,8 +107,20 @@ def _sqlite(
     return lines
 
 
-# A night that touches one user in a hundred, `nightly_publish_over_full`, is measured in
-# feature_store_night.py.
+def _nights(folder: Path, options: argparse.Namespace) -> list[Line]:
+    """Publish a night in full, and a next one that touches one user in a hundred."""
+    storage, width = Storage(folder / "nights"), min(options.widths)
+    tomorrow = NIGHT + timedelta(days=1)
+    with redirect_stdout(sys.stderr):
+        open_store(storage)
+        write_night(storage, NIGHT, options.users, width)
+        full = seconds_of(storage, NIGHT)
+        served = served_before(storage, tomorrow, MAX_MOVE)
+        write_night(storage, tomorrow, options.users, width, TOUCHED, served)
+        nightly = seconds_of(storage, tomorrow)
+    shutil.rmtree(storage.home)
+    more = {"num_users": options.users, "width": width, "touched": TOUCHED, "full_s": full}
+    return [measured("nightly_publish_over_full", nightly / full, "of a full publish", **more)]
 
 
 def _alone(
