@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long ui bench bench-warehouse bench-drift docs lint format clean
+.PHONY: help setup demo test test-long ui serve bench bench-warehouse bench-drift \
+  bench-feature-store docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -37,6 +38,9 @@ test-long: setup  ## 5,000 random histories of nights against builds from nothin
 ui: setup  ## serve the Dagster UI and its daemon on port 3000
 	$(BIN)/behavior-pipeline ui
 
+serve: setup  ## serve features over HTTP on port 6566, of the source SOURCE=…
+	$(BIN)/behavior-pipeline serve $(if $(SOURCE),--source $(SOURCE))
+
 bench: setup  ## run the quick benchmarks; one JSON line per figure
 	$(BIN)/python benchmarks/main_path.py
 
@@ -45,6 +49,9 @@ bench-drift: setup  ## false alarms of drift, and how soon changes are named: 20
 
 bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour, 40 GB of disk
 	$(BIN)/python benchmarks/warehouse.py $(BENCH)
+
+bench-feature-store: setup  ## publish a million users beside stock Feast; half an hour, 25 GB of disk
+	$(BIN)/python benchmarks/feature_store.py $(BENCH)
 
 docs: $(STAMP)  ## describe every model and column on one page, with their lineage
 	$(BIN)/dbt --quiet docs generate --static --empty-catalog \

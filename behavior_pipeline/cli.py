@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from behavior_pipeline.commands import drift, erase, similar, training_set, versions
+from behavior_pipeline.commands import drift, erase, serve, similar, training_set, versions
 from behavior_pipeline.commands.options import (
     Cutoff,
     DataRoot,
@@ -237,6 +237,7 @@ erase.register(app)
 training_set.register(app)
 similar.register(app)
 drift.register(app)
+serve.register(app)
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ def has_online_file() -> bool:
 def online_place() -> str:
     """Return what tells one server's tables from another's; nothing secret."""
     kind = load_settings().online_store.upper()
-    return "\n".join(os.environ.get(f"BEHAVIOR_{kind}_{place}", "") for place in PLACES)
+    places = [os.environ.get(f"BEHAVIOR_{kind}_{place}", "") for place in PLACES]
+    return "\n".join([kind, *places])
 
 
 def read_configuration(file: Path, variables: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Work on batches in several threads, with no more of them in memory than there are threads."""
+"""Work on batches in several threads, with few of them in memory at once."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def in_parallel(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches while a thread makes the next one; what fails there is raised here."""
+    source: Iterator[Batch | None] = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, source, None)
+        while (batch := pending.result()) is not None:
+            pending = pool.submit(next, source, None)
+            yield batch

@@ -1,32 +1,55 @@
 """Writing many users to Feast's SQLite store: the rows that Feast would write, in few statements.
 
-Feast sends one statement per feature and user. Here a statement is prepared once for a chunk of
-users and SQLite runs it over their rows; all of a chunk is one transaction. The file is in SQLite's
-write-ahead mode, so that whoever reads meanwhile sees a chunk as it was before or after, and waits
-for nobody.
+Feast sends one statement per feature and user. Here one statement takes all features of some users,
+prepared once, and all of a batch is one transaction. The file is in SQLite's write-ahead mode, so
+that whoever reads meanwhile sees a batch as it was before or after, and waits for nobody.
+
+Three threads share the work, for SQLite lets go of Python while it runs: one makes the next batch's
+values, one writes, one moves what was written from the write-ahead file to where it belongs.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC
-from itertools import chain, repeat
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
+from behavior_pipeline.feature_store.in_parallel import ahead
 from behavior_pipeline.feature_store.serialization import entity_keys, online_features
 from behavior_pipeline.progress import Report, report_nothing
-from behavior_pipeline.sql import quote_identifier
+from behavior_pipeline.sql import quote_identifier, quote_text
+from behavior_pipeline.storage import PRIVATE_FILE
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 TIMEOUT_SECONDS: Final = 60.0  # waited for another writer
+LAST_WAIT_MILLISECONDS: Final = 5_000  # waited for readers before the write-ahead file is emptied
 CACHE_KIBIBYTES: Final = 128 * 1024  # of the index, which is written in the order of the keys
+BATCHES_BETWEEN_RESETS: Final = 16  # after so many, the write-ahead file begins anew
+MAX_USERS: Final = 64  # of one statement
+MAX_PARAMETERS: Final = 32_000  # of one statement: SQLite takes 32,766
+PAGE_BYTES: Final = 16 * 1024  # a vector of 768 floats is 3 kB: few pages, few copies of each
 COLUMNS: Final = ("entity_key", "feature_name", "value", "value_text", "event_ts", "created_ts")
+
+
+def make_file(path: Path) -> None:
+    """Make the store's file with our size of pages, unless it is there; Feast makes its tables.
+
+    A file that Feast made has SQLite's pages of 4 kB. It works as well, and is written more slowly.
+    """
+    if not path.exists():
+        path.touch(PRIVATE_FILE)  # and so are the files that SQLite puts beside it
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            connection.execute("PRAGMA journal_mode = WAL")
 
 
 def write_online(
@@ -49,15 +72,75 @@ def write_online(
     Returns:
         How many users were written.
     """
-    done = 0
-    with closing(_connect(store)) as connection:
-        statement = _statement(table_of(store, view))
-        for batch in batches:
+    table, names, done = table_of(store, view), [field.name for field in view.features], 0
+    prepared = (_values(store, view, batch) for batch in batches)
+    with closing(_connect(store)) as connection, ThreadPoolExecutor(1) as pool:
+        mover = _Mover(store, pool)
+        for values in ahead(prepared):
+            mover.before_batch()
             with connection:
-                connection.executemany(statement, _rows(store, view, batch))
-            done += batch.num_rows
+                _insert(connection, table, names, values)
+            done += len(values) // _num_parameters(names)
+            mover.after_batch()
             report(done, total, view.name)
+        mover.finish()
+        _settle(connection)
     return done
+
+
+class _Mover:
+    """Moves written pages from the write-ahead file into the store, beside the writing.
+
+    The write-ahead file begins anew when a batch begins and nothing is left to move. So that it
+    does not grow without end, the writer waits for that now and then.
+    """
+
+    def __init__(self, store: FeatureStore, pool: ThreadPoolExecutor) -> None:
+        self._store = store
+        self._pool = pool
+        self._moving: Future[None] | None = None
+        self._batches = 0
+
+    def before_batch(self) -> None:
+        """Wait until all is moved, if it is time for that."""
+        self._batches += 1
+        if self._batches % BATCHES_BETWEEN_RESETS == 0:
+            self.finish()
+            self._move()
+
+    def after_batch(self) -> None:
+        """Move what is there, unless somebody is at it."""
+        if self._moving is None or self._moving.done():
+            self._moving = self._pool.submit(self._move)
+
+    def finish(self) -> None:
+        """Wait for what is being moved."""
+        if self._moving is not None:
+            self._moving.result()
+
+    def _move(self) -> None:
+        with closing(_connect(self._store)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def _insert(
+    connection: sqlite3.Connection, table: str, names: list[str], values: list[Any]
+) -> None:
+    """Insert or replace users, as many at once as a statement takes, and the others one by one."""
+    num_parameters = _num_parameters(names)
+    num_users = min(MAX_USERS, MAX_PARAMETERS // num_parameters)
+    for users in (num_users, 1):
+        statement, step = _statement(table, names, users), users * num_parameters
+        whole = len(values) // step * step
+        for start in range(0, whole, step):
+            connection.execute(statement, values[start : start + step])
+        values = values[whole:]
+
+
+def _settle(connection: sqlite3.Connection) -> None:
+    """Bring all that was written safely to the disk, and empty the write-ahead file if possible."""
+    connection.execute(f"PRAGMA busy_timeout = {LAST_WAIT_MILLISECONDS}")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def delete_online(store: FeatureStore, view: FeatureView, user_ids: pa.Array) -> int:
@@ -72,14 +155,13 @@ def delete_online(store: FeatureStore, view: FeatureView, user_ids: pa.Array) ->
     there = f"SELECT entity_key FROM {table} WHERE entity_key = erased.key"
     with closing(_connect(store)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
-        connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("CREATE TEMP TABLE erased (key BLOB PRIMARY KEY) WITHOUT ROWID")
         with connection:
             connection.executemany("INSERT OR IGNORE INTO erased VALUES (?)", zip(keys))
             query = f"SELECT count(*) FROM erased WHERE EXISTS ({there})"
             ((found,),) = connection.execute(query).fetchall()
             connection.execute(f"DELETE FROM {table} WHERE entity_key IN (SELECT key FROM erased)")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        _settle(connection)
     return int(found)
 
 
@@ -93,36 +175,51 @@ def table_of(store: FeatureStore, view: FeatureView) -> str:
 
 
 def _connect(store: FeatureStore) -> sqlite3.Connection:
-    """Open the store's file for writing."""
+    """Open the store's file for writing.
+
+    A kill loses no commit. A power failure may lose the newest ones, which `_settle` ends: the file
+    stays whole either way, for pages reach the disk in the write-ahead file before they are moved.
+    """
     connection = sqlite3.connect(store.config.online_store.path, timeout=TIMEOUT_SECONDS)
     connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute(f"PRAGMA cache_size = -{CACHE_KIBIBYTES}")
     return connection
 
 
-def _statement(table: str) -> str:
-    """Return the statement that inserts or replaces one feature of one user."""
-    names, places = ", ".join(COLUMNS), ", ".join("?" * len(COLUMNS))
+def _num_parameters(names: list[str]) -> int:
+    """Return how many parameters a user takes: key, two times, value and text of each feature."""
+    return 3 + 2 * len(names)
+
+
+def _statement(table: str, names: list[str], num_users: int) -> str:
+    """Return the statement that inserts or replaces all features of some users."""
+    rows = []
+    for first in range(1, 1 + num_users * _num_parameters(names), _num_parameters(names)):
+        for at, name in enumerate(names):
+            value = first + 3 + 2 * at
+            text = quote_text(name)
+            rows.append(f"(?{first}, {text}, ?{value}, ?{value + 1}, ?{first + 1}, ?{first + 2})")
     changed = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[2:])
     return (
-        f"INSERT INTO {quote_identifier(table)} ({names}) VALUES ({places}) "
+        f"INSERT INTO {quote_identifier(table)} ({', '.join(COLUMNS)}) VALUES {', '.join(rows)} "
         f"ON CONFLICT (entity_key, feature_name) DO UPDATE SET {changed}"
     )
 
 
-def _rows(
-    store: FeatureStore, view: FeatureView, batch: pa.RecordBatch
-) -> Iterator[tuple[Any, ...]]:
-    """Yield the table's rows of a batch, each user's together: they lie together in the index."""
+def _values(store: FeatureStore, view: FeatureView, batch: pa.RecordBatch) -> list[Any]:
+    """Return the parameters of a batch, user by user: see `_num_parameters`."""
     version = store.config.entity_key_serialization_version
-    keys = entity_keys(batch.column("user_id"), view.join_keys[0], version)
-    valid_from = _seconds(batch.column("observation_cutoff"))
-    written = _seconds(batch.column("written_at"))
-    by_feature = [
-        zip(keys, repeat(name), values, texts, valid_from, written, strict=False)
-        for name, values, texts in online_features(batch, view)
+    columns: list[Iterable[Any]] = [
+        entity_keys(batch.column("user_id"), view.join_keys[0], version),
+        _seconds(batch.column("observation_cutoff")),
+        _seconds(batch.column("written_at")),
     ]
-    return chain.from_iterable(zip(*by_feature, strict=True))
+    for _, values, texts in online_features(batch, view):
+        columns += [values, texts]
+    return list(chain.from_iterable(zip(*columns, strict=True)))
 
 
 def _seconds(times: pa.Array) -> list[int]:

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 
 from behavior_pipeline.contracts import TIMESTAMP
 from behavior_pipeline.errors import PipelineError
+from behavior_pipeline.feature_store.in_parallel import ahead
 from behavior_pipeline.feature_store.published import PublishedCutoff
+from behavior_pipeline.feature_store.user_order import in_user_order
 from behavior_pipeline.sql import open_engine
 from behavior_pipeline.storage import Storage, cutoff_folder, writing_file
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 OFFLINE_FILE: Final = "features.parquet"
 OFFLINE_BATCH_ROWS: Final = 8_192  # rows in memory, and in a row group of the published file
+READ_BYTES: Final = 1 << 20  # of a column, at a time
 CHECK_MEMORY: Final = "1GB"  # of the queries that look a partition over before it is published
 
 _SOURCES: Final[dict[str, Callable[[Storage, datetime], tuple[Path, str]]]] = {
@@ -167,26 +170,50 @@ def write_partition(
     """
     target = folder / cutoff_folder(cutoff) / OFFLINE_FILE
     schema = _published_schema(view, pq.read_schema(files[0]))
-    with writing_file(target) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as out:
-        for batch in _batches(files):
+    num_rows = -(-OFFLINE_BATCH_ROWS // len(files))
+    rows = in_user_order([_batches(file, num_rows) for file in files])
+    with writing_file(target) as aside, _writer(aside, schema) as out:
+        for batch in ahead(rows):
             out.write_batch(_published_rows(batch, schema))
     return target
 
 
-def _batches(files: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of the source files, each with the time of writing.
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a file of the history; vectors do not repeat, and hardly get smaller."""
+    vectors = {field.name for field in schema if pa.types.is_fixed_size_list(field.type)}
+    paths = {name: f"{name}.list.element" if name in vectors else name for name in schema.names}
+    return pq.ParquetWriter(
+        path,
+        schema,
+        write_statistics=[paths[name] for name in schema.names if name not in vectors],
+        compression={paths[name]: "none" if name in vectors else "zstd" for name in schema.names},
+        use_dictionary=[paths[name] for name in schema.names if name not in vectors],
+    )
 
-    Files without `written_at` were written when the file system says.
+
+def _batches(path: Path, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a source file, each with the time of writing.
+
+    A file without `written_at` was written when the file system says.
     """
-    for path in files:
-        written_at = pa.scalar(datetime.fromtimestamp(path.stat().st_mtime, UTC), TIMESTAMP)
-        with pq.ParquetFile(path) as source:
-            for batch in source.iter_batches(OFFLINE_BATCH_ROWS):
-                if "written_at" in batch.schema.names:
-                    yield batch
-                else:
-                    column = pa.repeat(written_at, batch.num_rows)
-                    yield batch.append_column("written_at", column)
+    written_at = pa.scalar(datetime.fromtimestamp(path.stat().st_mtime, UTC), TIMESTAMP)
+    for batch in read_batches(path, num_rows):
+        if "written_at" in batch.schema.names:
+            yield batch
+        else:
+            column = pa.repeat(written_at, batch.num_rows)
+            yield batch.append_column("written_at", column)
+
+
+def read_batches(
+    path: Path, num_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file, holding little more than a batch.
+
+    Arrow's own way of reading ahead keeps every byte of the file that it has read.
+    """
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as source:
+        yield from source.iter_batches(num_rows, columns=columns)
 
 
 def _published_schema(view: FeatureView, source: pa.Schema) -> pa.Schema:

@@ -16,8 +16,14 @@ import pyarrow.parquet as pq
 
 from behavior_pipeline.feature_store.exclusive import exclusive
 from behavior_pipeline.feature_store.online import delete_online, write_online
-from behavior_pipeline.feature_store.partition import check_rows, source_files, write_partition
-from behavior_pipeline.feature_store.plan import Plan, plan_publication, settle
+from behavior_pipeline.feature_store.online_identity import is_same_store, remember_store
+from behavior_pipeline.feature_store.partition import (
+    check_rows,
+    read_batches,
+    source_files,
+    write_partition,
+)
+from behavior_pipeline.feature_store.plan import CHANGES_VIEW, Plan, plan_publication, settle
 from behavior_pipeline.feature_store.published import (
     PublishedCutoff,
     PublishedView,
@@ -86,6 +92,7 @@ def publish_view(
     number = version or read_versions(storage).live
     store = open_store(storage)
     with exclusive(storage):
+        is_full = is_full or not is_same_store(storage, number)
         plan = plan_publication(storage, view, cutoff, number, is_full=is_full)
         facts = _check(storage, view, cutoff, plan)
         if facts.checkpoint_id is not None:
@@ -99,6 +106,8 @@ def publish_view(
             if plan.vanished is not None and len(plan.vanished):
                 delete_online(store, defined, plan.vanished)
             settle(storage, number, plan)
+            if view == CHANGES_VIEW:
+                remember_store(storage, number)
             write_published(storage, view, replace(state, is_online_complete=True), number)
     seconds = perf_counter() - started
     return PublishSummary(view, facts.num_rows, seconds, cutoff, is_served, plan.is_partial)
@@ -136,7 +145,5 @@ def _serve(store: FeatureStore, view: FeatureView, path: Path, report: Report) -
 
     A user's values are replaced whatever their age: the caller makes sure that none is newer.
     """
-    with pq.ParquetFile(path) as partition:
-        batches = partition.iter_batches(ONLINE_BATCH_ROWS)
-        num_rows = partition.metadata.num_rows
-        write_online(store, view, batches, num_rows, report)
+    batches = read_batches(path, ONLINE_BATCH_ROWS)
+    write_online(store, view, batches, pq.read_metadata(path).num_rows, report)

@@ -26,6 +26,7 @@ from behavior_pipeline.feature_store.configuration import (
     speaking_to_server,
 )
 from behavior_pipeline.feature_store.exclusive import exclusive
+from behavior_pipeline.feature_store.online_sqlite import make_file
 from behavior_pipeline.feature_store.upgrade import upgrade
 from behavior_pipeline.feature_store.versions import (
     VERSIONED,
@@ -179,6 +180,8 @@ def _apply(storage: Storage) -> None:
     fingerprint = _fingerprint(storage)
     versions = read_versions(storage)
     known_version(versions, versions.live)
+    if has_online_file():
+        make_file(_online_file(storage))
     with writing_file(_registry(storage)) as aside, speaking_to_server():
         store = _connect(_configuration(storage, aside))
         for number in _in_order(versions):

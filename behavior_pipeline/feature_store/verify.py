@@ -23,6 +23,7 @@ from behavior_pipeline.feature_store.ledger import published_ledger
 from behavior_pipeline.feature_store.partition import (
     OFFLINE_BATCH_ROWS,
     OFFLINE_FILE,
+    read_batches,
     source_files,
 )
 from behavior_pipeline.feature_store.published import PublishedView, read_published
@@ -123,9 +124,8 @@ def _rows_of(files: list[Path], users: pa.Array) -> pa.Table:
     columns = ["user_id", "embedding", "checkpoint_id", "observation_cutoff"]
     found: list[pa.RecordBatch] = []
     for path in files:
-        with pq.ParquetFile(path) as source:
-            batches = source.iter_batches(OFFLINE_BATCH_ROWS, columns=columns)
-            found += [b.filter(pc.is_in(b.column("user_id"), value_set=users)) for b in batches]
+        batches = read_batches(path, OFFLINE_BATCH_ROWS, columns)
+        found += [b.filter(pc.is_in(b.column("user_id"), value_set=users)) for b in batches]
     return pa.Table.from_batches(found)
 
 

@@ -74,6 +74,15 @@ def test_the_first_night_publishes_everybody_the_next_one_who_changed(shop: Shop
     assert [cutoff.is_partial for _, cutoff in sorted(cutoffs.items())] == [False, True]
 
 
+def test_another_online_store_gets_everybody(shop: Shop):
+    shop.night(night_of(0))
+    for path in shop.storage.feature_store.glob("online.db*"):
+        path.rename(path.with_name(f"lost-{path.name}"))  # its place on the disk stays taken
+    second = shop.night(night_of(1))
+    assert (second.is_partial, second.num_rows) == (False, len(EVERYBODY))
+    assert_served_is_near(shop, 1)
+
+
 def test_a_night_without_a_change_publishes_nobody(shop: Shop):
     shop.max_drift = 0.9
     shop.night(night_of(0))

@@ -21,6 +21,7 @@ from feature_store_builders import (
     write_predictions,
     write_rfm,
     write_segments,
+    write_similar_users,
 )
 from place_builders import OWNER, PASSWORD, free_port, postgres_server, redis_server
 from redis import Redis
@@ -140,7 +141,7 @@ def write_all(storage: Storage) -> None:
     values = vectors(len(USERS), seed=1)
     values[1, :3] = [np.nan, 0.0, -0.0]
     write_embeddings(storage, NOVEMBER, USERS, values)
-    for write in (write_rfm, write_predictions, write_segments):
+    for write in (write_rfm, write_predictions, write_segments, write_similar_users):
         write(storage, NOVEMBER, USERS)
 
 
