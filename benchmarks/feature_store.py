@@ -1,8 +1,9 @@
 """Publishing a million users beside stock Feast's `materialize`, and reading them back.
 
-Publishing is all that a night does for a view: checks, history, online store. Stock Feast writes
-the online store alone, of fewer users: more are beyond what it is kind to. Each publication is a
-process of its own, so that its peak memory is its own.
+Both write what lies in the history into the online store, stock Feast of fewer users: more are
+beyond what it is kind to. A whole publication, which is all that a night does for a view, checks
+and history too, is told beside it. Each is a process of its own, so that its peak memory is its
+own.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from figures import figure, measured, publish
 from synthetic_nights import NIGHT, seconds_of, write_night
 
 from behavior_pipeline.feature_store.ledger import served_before
-from behavior_pipeline.feature_store.partition import OFFLINE_FILE
-from behavior_pipeline.feature_store.publish import publish_view
-from behavior_pipeline.feature_store.repository import offline_folder, open_store
+from behavior_pipeline.feature_store.online import write_online
+from behavior_pipeline.feature_store.partition import OFFLINE_FILE, read_batches
+from behavior_pipeline.feature_store.publish import ONLINE_BATCH_ROWS, publish_view
+from behavior_pipeline.feature_store.repository import offline_folder, open_store, view_of
+from behavior_pipeline.feature_store.versions import FIRST
 from behavior_pipeline.storage import Storage, cutoff_folder
 
 ROOT = Path(__file__).parents[1]
@@ -94,11 +97,15 @@ def _sqlite(
     """Publish to SQLite at a width; at the last one, read what is there."""
     ours, theirs = Storage(folder / f"ours_{width}"), Storage(folder / f"theirs_{width}")
     write_embeddings(ours, options.users, width)
-    speed, peak = _alone(_publish, ours, options.users)
+    whole, peak = _alone(_publish, ours, options.users)
     stock, _ = _alone(_materialize, ours, options.stock_users, theirs)
-    peaks.append(peak)
+    copied = Storage(folder / f"copied_{width}")
+    speed, peak_online = _alone(_write_online, ours, options.users, copied)
+    shutil.rmtree(copied.home)
+    peaks += [peak, peak_online]
     name = f"publish_over_stock_{width}"
-    lines = [figure(name, [speed], PEER, [stock], "users/s") | {"peak_gb": round(peak, 2)}]
+    more = {"peak_gb": round(max(peak, peak_online), 2), "whole_publication": round(whole)}
+    lines = [figure(name, [speed], PEER, [stock], "users/s") | more]
     shutil.rmtree(ours.embeddings(CUTOFF))
     shutil.rmtree(offline_folder(ours, VIEW))
     if width == options.widths[-1]:
@@ -148,6 +155,17 @@ def _publish(storage: Storage, num_users: int) -> float:
     started = time.perf_counter()
     summary = publish_view(storage, VIEW, CUTOFF)
     assert summary.num_rows == num_users + 1  # noqa: S101 - the cold-start row is one more
+    return time.perf_counter() - started
+
+
+def _write_online(ours: Storage, num_users: int, target: Storage) -> float:
+    """Write all of our history into an online store that is empty; return the seconds."""
+    path = offline_folder(ours, VIEW).joinpath(cutoff_folder(CUTOFF), OFFLINE_FILE)
+    store = open_store(target)
+    started = time.perf_counter()
+    batches = read_batches(path, ONLINE_BATCH_ROWS)
+    num_written = write_online(store, view_of(store, VIEW, FIRST), batches, num_users)
+    assert num_written == num_users + 1  # noqa: S101 - the cold-start row is one more
     return time.perf_counter() - started
 
 

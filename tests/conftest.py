@@ -28,6 +28,7 @@ def realdata_folder() -> Path:
     return Path(os.environ.get("BEHAVIOR_REALDATA", default)).resolve()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers look at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, saying so, what cannot run here; keep together what shares an expensive fixture."""
     missing = _missing()

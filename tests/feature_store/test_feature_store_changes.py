@@ -28,6 +28,8 @@ from behavior_pipeline.feature_store.ledger import published_ledger, read_pointe
 from behavior_pipeline.feature_store.lookup import lookup
 from behavior_pipeline.feature_store.published import read_published
 from behavior_pipeline.feature_store.verify import verify_published
+from behavior_pipeline.ingest.presets import load_preset
+from behavior_pipeline.pipeline import Pipeline
 from behavior_pipeline.settings import Settings, load_settings
 from behavior_pipeline.storage import Storage
 
@@ -282,7 +284,7 @@ def test_a_row_that_still_holds_is_not_stale(shop: Shop):
 def test_an_erased_user_is_in_no_ledger_and_the_others_rows_hold(shop: Shop):
     shop.max_drift = 0.9
     shop.night(night_of(0))
-    erase(shop.storage, ["u02"])
+    erase(Pipeline(load_settings(), load_preset("simulated"), shop.storage), ["u02"])
     assert "u02" not in shop.served()
     ledger = published_ledger(shop.storage)
     assert ledger is not None
