@@ -38,6 +38,7 @@ def write_night(
     width: int,
     touched_share: float = 0.0,
     served: Served | None = None,
+    num_nights: int = 1,
 ) -> Changes:
     """Write a night's embeddings and changes.
 
@@ -46,9 +47,9 @@ def write_night(
         cutoff: of the night.
         num_users: users `user-0000000` and on, and the prior.
         width: D, numbers in an embedding.
-        touched_share: users, evenly spread, whose vectors are others than those of other nights;
-            everybody else's are the same every night.
+        touched_share: users, evenly spread, whose vectors become others in a night.
         served: what the night is measured against; default nothing, so that all is published.
+        num_nights: nights with touched users up to this one; each night touches other users.
     """
     schema = embedding_schema(width)
     with writing_folder(storage.embeddings(cutoff)) as folder:
@@ -64,7 +65,9 @@ def write_night(
         for start in range(0, num_users, BUCKET_USERS):
             name = f"bucket={start // BUCKET_USERS:03d}.parquet"
             numbers = np.arange(start, min(start + BUCKET_USERS, num_users))
-            is_touched = np.floor((numbers + 1) * touched_share) > np.floor(numbers * touched_share)
+            is_touched = (
+                numbers % round(1 / touched_share) < num_nights if touched_share else numbers < 0
+            )
             vectors = np.random.default_rng(start).standard_normal(
                 (len(numbers), width), np.float32
             )

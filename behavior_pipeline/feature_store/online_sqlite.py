@@ -5,17 +5,20 @@ prepared once, and all of a batch is one transaction. The file is in SQLite's wr
 that whoever reads meanwhile sees a batch as it was before or after, and waits for nobody.
 
 Three threads share the work, for SQLite lets go of Python while it runs: one makes the next batch's
-values, one writes, one moves what was written from the write-ahead file to where it belongs.
+values, one writes, one moves what was written from the write-ahead file to where it belongs. A
+night's few changes stay in the write-ahead file, brought safely to the disk, until it is large:
+moving them costs more than writing them, and a page that changes every night is moved once.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,21 +37,25 @@ TIMEOUT_SECONDS: Final = 60.0  # waited for another writer
 LAST_WAIT_MILLISECONDS: Final = 5_000  # waited for readers before the write-ahead file is emptied
 CACHE_KIBIBYTES: Final = 128 * 1024  # of the index, which is written in the order of the keys
 BATCHES_BETWEEN_RESETS: Final = 16  # after so many, the write-ahead file begins anew
+MAX_LEFT_BYTES: Final = 512 * 1024 * 1024  # of the write-ahead file that may stay
+FEW_USERS: Final = 50_000  # as a night changes; their pages may stay in the write-ahead file
 MAX_USERS: Final = 64  # of one statement
 MAX_PARAMETERS: Final = 32_000  # of one statement: SQLite takes 32,766
-PAGE_BYTES: Final = 16 * 1024  # a vector of 768 floats is 3 kB: few pages, few copies of each
+SMALL_PAGE: Final = 4 * 1024  # bytes, SQLite's own: a night copies a page for every user
+LARGE_PAGE: Final = 16 * 1024  # for vectors that would fill a small page each
+LONG_VECTOR: Final = 512  # floats, and longer
+_VECTOR: Final = pa.FixedSizeListType
 COLUMNS: Final = ("entity_key", "feature_name", "value", "value_text", "event_ts", "created_ts")
 
 
 def make_file(path: Path) -> None:
-    """Make the store's file with our size of pages, unless it is there; Feast makes its tables.
+    """Make the store's file, private and in write-ahead mode, unless it is there.
 
-    A file that Feast made has SQLite's pages of 4 kB. It works as well, and is written more slowly.
+    Feast makes its tables.
     """
     if not path.exists():
         path.touch(PRIVATE_FILE)  # and so are the files that SQLite puts beside it
         with closing(sqlite3.connect(path)) as connection:
-            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             connection.execute("PRAGMA journal_mode = WAL")
 
 
@@ -73,9 +80,15 @@ def write_online(
         How many users were written.
     """
     table, names, done = table_of(store, view), [field.name for field in view.features], 0
+    first, batches = _peek(batches)
+    _fit_pages(store, table, first)
     prepared = (_values(store, view, batch) for batch in batches)
-    with closing(_connect(store)) as connection, ThreadPoolExecutor(1) as pool:
-        mover = _Mover(store, pool)
+    with (
+        closing(_reader(store)),
+        closing(_connect(store)) as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        mover = _Mover(store, pool, is_eager=total > FEW_USERS)
         for values in ahead(prepared):
             mover.before_batch()
             with connection:
@@ -84,19 +97,54 @@ def write_online(
             mover.after_batch()
             report(done, total, view.name)
         mover.finish()
-        _settle(connection)
+        _settle(store, connection)
     return done
+
+
+def _peek(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+    """Return the columns of batches, and all of the batches."""
+    rest = iter(batches)
+    first = list(islice(rest, 1))
+    return first[0].schema if first else pa.schema([]), chain(first, rest)
+
+
+def _fit_pages(store: FeatureStore, table: str, columns: pa.Schema) -> None:
+    """Before a view's first rows are written, give the file pages of the size that suits them.
+
+    All that the file holds is rewritten then. Where somebody has it open, it stays as it is: any
+    size works.
+    """
+    lengths = [field.type.list_size for field in columns if isinstance(field.type, _VECTOR)]
+    wanted = LARGE_PAGE if max(lengths, default=0) >= LONG_VECTOR else SMALL_PAGE
+    with closing(_connect(store)) as connection:
+        ((now,),) = connection.execute("PRAGMA page_size").fetchall()
+        is_new = not connection.execute(
+            f"SELECT 1 FROM {quote_identifier(table)} LIMIT 1"
+        ).fetchall()
+        if not lengths or now == wanted or not is_new:
+            return
+        connection.execute("PRAGMA busy_timeout = 0")
+        with suppress(sqlite3.OperationalError):  # locked
+            connection.execute(
+                "PRAGMA journal_mode = DELETE"
+            )  # sizes are fixed in write-ahead mode
+            connection.execute(f"PRAGMA page_size = {wanted}")
+            connection.execute("VACUUM")
+        connection.execute("PRAGMA journal_mode = WAL")
 
 
 class _Mover:
     """Moves written pages from the write-ahead file into the store, beside the writing.
 
+    Of few users it waits until the file is large.
+
     The write-ahead file begins anew when a batch begins and nothing is left to move. So that it
     does not grow without end, the writer waits for that now and then.
     """
 
-    def __init__(self, store: FeatureStore, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, store: FeatureStore, pool: ThreadPoolExecutor, *, is_eager: bool) -> None:
         self._store = store
+        self._is_eager = is_eager
         self._pool = pool
         self._moving: Future[None] | None = None
         self._batches = 0
@@ -110,7 +158,8 @@ class _Mover:
 
     def after_batch(self) -> None:
         """Move what is there, unless somebody is at it."""
-        if self._moving is None or self._moving.done():
+        is_idle = self._moving is None or self._moving.done()
+        if is_idle and (self._is_eager or not _may_stay(self._store)):
             self._moving = self._pool.submit(self._move)
 
     def finish(self) -> None:
@@ -137,8 +186,26 @@ def _insert(
         values = values[whole:]
 
 
-def _settle(connection: sqlite3.Connection) -> None:
-    """Bring all that was written safely to the disk, and empty the write-ahead file if possible."""
+def _settle(store: FeatureStore, connection: sqlite3.Connection) -> None:
+    """Bring all that was written safely to the disk; a large write-ahead file is emptied."""
+    if _may_stay(store):
+        with _write_ahead_file(store).open("rb") as file:
+            os.fsync(file.fileno())
+    else:
+        _empty(connection)
+
+
+def _may_stay(store: FeatureStore) -> bool:
+    """Tell whether the write-ahead file, which is there while the store is open, is small."""
+    return _write_ahead_file(store).stat().st_size <= MAX_LEFT_BYTES
+
+
+def _write_ahead_file(store: FeatureStore) -> Path:
+    return Path(f"{store.config.online_store.path}-wal")
+
+
+def _empty(connection: sqlite3.Connection) -> None:
+    """Move all to where it belongs, and empty the write-ahead file unless somebody is reading."""
     connection.execute(f"PRAGMA busy_timeout = {LAST_WAIT_MILLISECONDS}")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -161,7 +228,7 @@ def delete_online(store: FeatureStore, view: FeatureView, user_ids: pa.Array) ->
             query = f"SELECT count(*) FROM erased WHERE EXISTS ({there})"
             ((found,),) = connection.execute(query).fetchall()
             connection.execute(f"DELETE FROM {table} WHERE entity_key IN (SELECT key FROM erased)")
-        _settle(connection)
+        _empty(connection)
     return int(found)
 
 
@@ -186,6 +253,18 @@ def _connect(store: FeatureStore) -> sqlite3.Connection:
     connection.execute("PRAGMA wal_autocheckpoint = 0")
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute(f"PRAGMA cache_size = -{CACHE_KIBIBYTES}")
+    return connection
+
+
+def _reader(store: FeatureStore) -> sqlite3.Connection:
+    """Open the store's file for reading, until the last writer has closed it.
+
+    SQLite empties the write-ahead file, whatever its size, when the last connection is closed that
+    may write. Services that read keep one open; this one stands in for them where there is none.
+    """
+    path = Path(store.config.online_store.path).absolute()
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+    connection.execute("SELECT 1 FROM sqlite_master").fetchall()  # opens the file
     return connection
 
 

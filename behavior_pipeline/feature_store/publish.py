@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 ONLINE_BATCH_ROWS: Final = 8_192  # users in memory as Feast's bytes, and in one transaction
+MIN_BATCH_ROWS: Final = 512
+BATCHES: Final = 12  # of a small publication: one batch is prepared while another is written
 
 
 @dataclass(frozen=True)
@@ -145,5 +147,6 @@ def _serve(store: FeatureStore, view: FeatureView, path: Path, report: Report) -
 
     A user's values are replaced whatever their age: the caller makes sure that none is newer.
     """
-    batches = read_batches(path, ONLINE_BATCH_ROWS)
-    write_online(store, view, batches, pq.read_metadata(path).num_rows, report)
+    total = pq.read_metadata(path).num_rows
+    batch_rows = min(ONLINE_BATCH_ROWS, max(MIN_BATCH_ROWS, total // BATCHES))
+    write_online(store, view, read_batches(path, batch_rows), total, report)

@@ -6,6 +6,7 @@ inside the functions that do. Feast 0.67 sends no usage statistics.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
@@ -186,6 +187,8 @@ def _apply(storage: Storage) -> None:
         store = _connect(_configuration(storage, aside))
         for number in _in_order(versions):
             store.apply(_load_definitions(storage, number, is_live=number == versions.live))
+        del store
+        gc.collect()  # Feast closes its SQLite file no sooner
     if has_online_file():
         _online_file(storage).chmod(PRIVATE_FILE)
     write_json(_applied_file(storage), {"fingerprint": fingerprint})

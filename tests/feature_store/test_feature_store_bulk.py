@@ -92,6 +92,49 @@ def test_a_reader_never_waits_and_sees_whole_batches(storage: Storage, monkeypat
     assert seen[-1] == len(USERS) + 1
 
 
+@pytest.mark.parametrize("max_left", [0, 1 << 29])
+def test_few_rows_stay_in_the_write_ahead_file_until_it_is_large(
+    storage: Storage, monkeypatch, max_left: int
+):
+    monkeypatch.setattr("behavior_pipeline.feature_store.online_sqlite.MAX_LEFT_BYTES", max_left)
+    write_embeddings(storage, NOVEMBER, USERS, vectors(len(USERS), seed=0))
+    publish_view(storage, "user_embedding", NOVEMBER)
+    left = storage.feature_store / "online.db-wal"
+    assert (left.exists() and left.stat().st_size > 0) == (max_left > 0)
+    assert len({row[0] for row in rows_of(storage, "user_embedding")}) == len(USERS) + 1
+
+
+def page_size(storage: Storage) -> int:
+    with sqlite3.connect(storage.feature_store / "online.db") as connection:
+        return connection.execute("PRAGMA page_size").fetchall()[0][0]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(8, 4_096), (768, 16_384)])
+def test_pages_suit_the_vectors_and_other_views_are_kept(
+    storage: Storage, width: int, expected: int
+):
+    write_rfm(storage, NOVEMBER, USERS)
+    publish_view(storage, "user_rfm", NOVEMBER)
+    others = rows_of(storage, "user_rfm")
+    write_embeddings(storage, NOVEMBER, USERS, vectors(len(USERS), seed=0, width=width))
+    publish_view(storage, "user_embedding", NOVEMBER)
+    assert page_size(storage) == expected
+    assert rows_of(storage, "user_rfm") == others
+    assert len({row[0] for row in rows_of(storage, "user_embedding")}) == len(USERS) + 1
+
+
+def test_pages_stay_as_they_are_while_somebody_reads(storage: Storage):
+    write_rfm(storage, NOVEMBER, USERS)
+    publish_view(storage, "user_rfm", NOVEMBER)
+    write_embeddings(storage, NOVEMBER, USERS, vectors(len(USERS), seed=0, width=768))
+    with sqlite3.connect(storage.feature_store / "online.db") as reader:
+        reader.execute(f"select * from {online_table('user_rfm')}").fetchone()
+        publish_view(storage, "user_embedding", NOVEMBER)
+    reader.close()
+    assert page_size(storage) == 4_096
+    assert len({row[0] for row in rows_of(storage, "user_embedding")}) == len(USERS) + 1
+
+
 def test_vectors_with_a_null_are_refused(storage: Storage):
     write_embeddings(storage, NOVEMBER, USERS[:3], vectors(3, seed=0))
     publish_view(storage, "user_embedding", NOVEMBER)
