@@ -41,7 +41,7 @@ MAX_LEFT_BYTES: Final = 512 * 1024 * 1024  # of the write-ahead file that may st
 FEW_USERS: Final = 50_000  # as a night changes; their pages may stay in the write-ahead file
 MAX_USERS: Final = 64  # of one statement
 MAX_PARAMETERS: Final = 32_000  # of one statement: SQLite takes 32,766
-SMALL_PAGE: Final = 4 * 1024  # bytes, SQLite's own: a night copies a page for every user
+SMALL_PAGE: Final = 8 * 1024  # bytes: a night copies a page for every user
 LARGE_PAGE: Final = 16 * 1024  # for vectors that would fill a small page each
 LONG_VECTOR: Final = 512  # floats, and longer
 _VECTOR: Final = pa.FixedSizeListType
@@ -125,9 +125,7 @@ def _fit_pages(store: FeatureStore, table: str, columns: pa.Schema) -> None:
             return
         connection.execute("PRAGMA busy_timeout = 0")
         with suppress(sqlite3.OperationalError):  # locked
-            connection.execute(
-                "PRAGMA journal_mode = DELETE"
-            )  # sizes are fixed in write-ahead mode
+            connection.execute("PRAGMA journal_mode = DELETE")  # write-ahead mode fixes the size
             connection.execute(f"PRAGMA page_size = {wanted}")
             connection.execute("VACUUM")
         connection.execute("PRAGMA journal_mode = WAL")

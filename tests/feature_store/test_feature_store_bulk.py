@@ -109,7 +109,7 @@ def page_size(storage: Storage) -> int:
         return connection.execute("PRAGMA page_size").fetchall()[0][0]
 
 
-@pytest.mark.parametrize(("width", "expected"), [(8, 4_096), (768, 16_384)])
+@pytest.mark.parametrize(("width", "expected"), [(8, 8_192), (768, 16_384)])
 def test_pages_suit_the_vectors_and_other_views_are_kept(
     storage: Storage, width: int, expected: int
 ):
