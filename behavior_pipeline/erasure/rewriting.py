@@ -21,6 +21,7 @@ NEIGHBORS: Final = "similar_user_ids"
 SCORES: Final = "similarities"
 """Column with a number for each of them."""
 
+NANOSECONDS: Final = 1_000_000_000
 _BATCH_ROWS: Final = 65_536
 
 Without = Callable[[pa.Table], pa.Table]
@@ -104,8 +105,10 @@ def _count(path: Path, removal: Removal) -> int:
 def rewrite(affected: Affected, without: Without) -> None:
     """Write a file anew, a row group at a time, and put it in place under all its names.
 
-    Row groups, order, compression, schema and metadata stay. So does the time of the file: of rows
-    that do not say when they were written, it does. Each name is replaced in one rename.
+    Row groups, order, compression, schema and metadata stay. So does the time of the file, but for a
+    second: of rows that do not say when they were written, it does. To the second it must be another,
+    or a DuckDB that is reading mixes what it has cached of the old file with the new one. Each name is
+    replaced in one rename.
     """
     first, *others = affected.paths
     status = first.stat()
@@ -119,7 +122,7 @@ def rewrite(affected: Affected, without: Without) -> None:
             for number in range(file.num_row_groups):
                 left = without(file.read_row_group(number))
                 out.write_table(left, row_group_size=max(left.num_rows, 1))
-        os.utime(aside, ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.utime(aside, ns=(status.st_atime_ns, status.st_mtime_ns + NANOSECONDS))
     for other in others:
         link = aside_of(other)
         os.link(first, link)

@@ -228,12 +228,17 @@ from behavior_pipeline.feature_store.lookup import lookup
 from behavior_pipeline.storage import Storage
 import duckdb
 storage = Storage(Path(sys.argv[1]))
+def events_of(user):
+    with duckdb.connect(str(storage.analytics), read_only=True) as connection:
+        query = "SELECT count(*) FROM events_sessionized WHERE user_id = ?"
+        return connection.execute(query, [user]).fetchall()[0][0]
 print("begun", flush=True)
 while True:
     assert lookup(storage, "user 08")["is_cold_start"] is False
-    with duckdb.connect(str(storage.analytics), read_only=True) as connection:
-        query = "SELECT count(*) FROM events_sessionized WHERE user_id = 'user 08'"
-        assert connection.execute(query).fetchall()[0][0] > 0
+    try:
+        assert events_of("user 08") > 0
+    except duckdb.Error:  # DuckDB opens a file more than once, and it was replaced in between
+        assert events_of("user 08") > 0
     print("read", flush=True)
 """
 
