@@ -28,8 +28,14 @@ setup: $(STAMP) $(MANIFEST)  ## make the virtual environment and dbt's manifest
 demo: setup  ## raw simulated events become published embeddings and a report
 	$(BIN)/behavior-pipeline run
 
-test: setup  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2   # two workers, a core each
+# Where the tests write: in memory if there is room, for the thousands of commits of Dagster's runs
+# each wait for a disk.
+IN_MEMORY := $(shell test $$(df --output=avail /dev/shm 2>/dev/null | tail -1 || echo 0) -gt 8000000 \
+  2>/dev/null && echo --tmpdir=/dev/shm)
+
+test: setup  ## run the tests, two workers, a core each
+	scratch=$$(mktemp -d $(IN_MEMORY)) && trap 'rm -rf "$$scratch"' EXIT && \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --basetemp="$$scratch/tests" $(PYTEST)
 
 test-long: setup  ## 5,000 random histories of nights against builds from nothing, a worker a core
 	OMP_NUM_THREADS=1 BEHAVIOR_HISTORIES=5000 BEHAVIOR_HISTORY_SHARDS=16 \

@@ -105,10 +105,10 @@ def _count(path: Path, removal: Removal) -> int:
 def rewrite(affected: Affected, without: Without) -> None:
     """Write a file anew, a row group at a time, and put it in place under all its names.
 
-    Row groups, order, compression, schema and metadata stay. So does the time of the file, but for a
-    second: of rows that do not say when they were written, it does. To the second it must be another,
-    or a DuckDB that is reading mixes what it has cached of the old file with the new one. Each name is
-    replaced in one rename.
+    Row groups, order, compression, schema and metadata stay. So does the time of the file, but for
+    a second: of rows that do not say when they were written, it does. To the second it must be
+    another, or a DuckDB that is reading mixes what it has cached of the old file with the new one.
+    Each name is replaced in one rename.
     """
     first, *others = affected.paths
     status = first.stat()
