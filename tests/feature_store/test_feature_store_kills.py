@@ -16,7 +16,7 @@ from behavior_pipeline.feature_store.promotion import settle
 from behavior_pipeline.feature_store.versions import read_versions
 from behavior_pipeline.storage import Storage
 
-KILLS = int(os.environ.get("BEHAVIOR_KILLS", "6"))
+KILLS = int(os.environ.get("BEHAVIOR_KILLS", "4"))
 ENOUGH = 20  # kills among which a whole round of changes was surely completed
 
 

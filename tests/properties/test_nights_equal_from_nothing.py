@@ -1,6 +1,6 @@
 """Whatever arrives in whatever order, however often it is run: the tables are those of one build.
 
-`make test` tries 200 histories, `make test-long` 5,000 of them: BEHAVIOR_HISTORIES says how many,
+`make test` tries 120 histories, `make test-long` 5,000 of them: BEHAVIOR_HISTORIES says how many,
 BEHAVIOR_HISTORY_SHARDS how many tests share them, and BEHAVIOR_HISTORY_SEED begins with others.
 BEHAVIOR_PLAN may name a compiled plan, for machines without dbt.
 """
@@ -52,7 +52,7 @@ from behavior_pipeline.warehouse.build import WarehouseSummary, build_warehouse
 from behavior_pipeline.warehouse.plan import Plan, load_plan
 from behavior_pipeline.warehouse.workbench import EVENTS, Workbench
 
-NUM_HISTORIES = int(os.environ.get("BEHAVIOR_HISTORIES", "200"))
+NUM_HISTORIES = int(os.environ.get("BEHAVIOR_HISTORIES", "120"))
 NUM_SHARDS = int(os.environ.get("BEHAVIOR_HISTORY_SHARDS", "4"))
 FIRST_SEED = int(os.environ.get("BEHAVIOR_HISTORY_SEED", "0"))
 PLAN = os.environ.get("BEHAVIOR_PLAN")
