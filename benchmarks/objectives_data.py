@@ -13,6 +13,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ def prepare(opened: Pipeline, cutoff: datetime, out: Path) -> None:
     )
     features = {"train": features_at(opened, windows, windows.train_cutoff)}
     features["test"] = features_at(opened, windows, windows.test_cutoff)
+    flagged = columns_with_nulls(each.aggregates for each in features.values())
     with writing_folder(out) as aside:
         tell("sequences")
         cutoffs = (windows.train_cutoff, windows.test_cutoff)
@@ -71,7 +73,8 @@ def prepare(opened: Pipeline, cutoff: datetime, out: Path) -> None:
         for role, moment in zip(ROLES, cutoffs, strict=True):
             write_sequences(storage, settings, vocabulary, moment, aside / f"{role}_sequences")
             write(aside / f"{role}_users.parquet", users_table(features[role].population))
-            write(aside / f"{role}_aggregates.parquet", aggregates_table(role, features))
+            mine = aggregates_table(features[role].aggregates, flagged)
+            write(aside / f"{role}_aggregates.parquet", mine)
         write_json(aside / "about.json", about(opened, windows, features))
 
 
@@ -103,19 +106,25 @@ def users_table(population: Population) -> pa.Table:
     return pa.table(columns | targets)
 
 
-def aggregates_table(role: str, features: dict[str, Features]) -> pa.Table:
-    """Return the features of the aggregates as numbers: 0 for a null, which a flag beside tells.
+def aggregates_table(mine: pa.Table, flagged: Collection[str]) -> pa.Table:
+    """Return the features of the aggregates as numbers: 0 for a null, which a flag beside may tell.
 
-    A column has a flag if it has nulls at either cutoff, so that both cutoffs have the same.
+    Args:
+        mine: aggregates of some users.
+        flagged: columns that get a flag; the same at all cutoffs that are compared.
     """
-    mine = features[role].aggregates
     columns: dict[str, np.ndarray] = {}
     for name in (name for name in mine.column_names if name not in NO_FEATURES):
         column = mine[name]
         columns[name] = pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy()
-        if any(each.aggregates[name].null_count for each in features.values()):
+        if name in flagged:
             columns[f"{name}_is_null"] = column.is_null().to_numpy().astype(np.float64)
     return pa.table(columns)
+
+
+def columns_with_nulls(aggregates: Iterable[pa.Table]) -> set[str]:
+    """Return the columns that have nulls in one of some tables."""
+    return {name for table in aggregates for name in table.column_names if table[name].null_count}
 
 
 def about(

@@ -1,0 +1,233 @@
+"""One cell of the comparison: a representation, a seed, a pair of cutoffs and a split of users.
+
+Both probes are fitted on users, features and labels of the train cutoff alone and judged on those
+of the test cutoff. What a probe loses on a held-out quarter of the users it is fitted on says, at
+the train cutoff, which of the two suits a representation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kept_results import KeptResults, Result
+from quality_cutoffs import Moments, day_of, digest
+
+from behavior_pipeline.downstream.blocks import Block, Blocks, random_vectors, take
+from behavior_pipeline.downstream.probes import (
+    HELD_OUT,
+    MIN_PROBABILITY,
+    PROBES,
+    FittedProbes,
+    ProbeName,
+    fit_probes,
+)
+from behavior_pipeline.downstream.statistics import estimate_auroc
+from behavior_pipeline.downstream.tasks import Task
+from behavior_pipeline.downstream.users import Population
+from behavior_pipeline.storage import writing_file
+
+WITHOUT_SEED = ("rfm", "aggregates")
+COMBINED = "aggregates+embedding"
+OURS = ("embedding", COMBINED)
+REPRESENTATIONS = (
+    "random", "untrained", "rfm", "aggregates", "embedding", COMBINED, "supervised", "coles",
+)  # fmt: skip
+SHARES = {"1%": 0.01, "5%": 0.05, "25%": 0.25}
+EVERYONE = "100%"
+NEW_USERS = "new users"
+SPLITS = (EVERYONE, NEW_USERS, *SHARES)
+SPLIT_REPRESENTATIONS = ("rfm", "aggregates", "embedding", COMBINED)
+"""What is judged on splits other than everyone."""
+FEWEST = 20  # labelled users of a share at the least
+PROBE_SEED = 0  # of the held-out quarter: what varies is the encoder
+
+Scores = dict[str, np.ndarray]
+"""By `task/probe` the (N, targets) probabilities of the judged users."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at once.
+
+    Attributes:
+        representation: what probes see.
+        seed: of its encoder, or of the labelled users.
+        pair: number of the pair of cutoffs.
+        split: who is fitted on, and who is judged.
+    """
+
+    representation: str
+    seed: int
+    pair: int
+    split: str
+
+    @property
+    def name(self) -> str:
+        """What its files are called, the seed apart."""
+        split = self.split.replace("%", "pc").replace(" ", "_")
+        return f"{self.representation}-{self.pair}-{split}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a data set is and where its results go.
+
+    Attributes:
+        data: the prepared folder.
+        out: results.
+        about: what all results depend on.
+        training: what those of our encoder depend on beside.
+        is_finished: whether nothing is to be measured.
+    """
+
+    data: Path
+    out: Path
+    about: dict[str, Any]
+    training: dict[str, Any]
+    is_finished: bool = False
+
+    @property
+    def kept(self) -> KeptResults:
+        """Finished cells."""
+        return KeptResults(self.out / "cells", self.about, is_finished=self.is_finished)
+
+    def vectors(self, name: str, seed: int) -> Path:
+        """Return the file of a representation's vectors."""
+        return self.out / "vectors" / f"{name}-{seed}.npz"
+
+    def scores(self, cell: Cell) -> Path:
+        """Return the file of a cell's probabilities."""
+        return self.out / "scores" / f"{cell.name}-{cell.seed}.npz"
+
+
+def measure_cell(place: Place, cell: Cell) -> Result | None:
+    """Fit and judge both probes, now or before; None if that is not wanted."""
+    return kept_cell(place, cell, lambda: _measure(place, cell))
+
+
+def kept_cell(place: Place, cell: Cell, measure: Any) -> Result | None:
+    """Return a cell that is there with its probabilities, or measure it and keep it."""
+    if not place.scores(cell).is_file() and not place.is_finished:
+        (place.out / "cells" / f"{cell.name}-{cell.seed}.json").unlink(missing_ok=True)
+    more = {"training": place.training} if cell.representation in OURS else {}
+    return place.kept.result(cell.name, cell.seed, measure, **more)
+
+
+def _measure(place: Place, cell: Cell) -> Result:
+    """Fit and judge both probes."""
+    data = _opened(place.data)
+    pair = data.pairs[cell.pair]
+    before, after = (data.users(moment) for moment in pair)
+    fit_rows, judged_rows = rows_of(cell, before, after)
+    train = take(blocks_of(place, data, cell, pair[0]), fit_rows)
+    test = take(blocks_of(place, data, cell, pair[1]), judged_rows)
+    result: Result = {}
+    scores: Scores = {}
+    for task in data.tasks(pair):
+        labels = [each[fit_rows] for each in task.train_labels]
+        for probe in PROBES:
+            found = positive(fit_probes(probe, train, labels, PROBE_SEED, 1), test)
+            scores[f"{task.name}/{probe}"] = found
+            result[f"{task.name}/{probe}"] = {
+                "auroc": mean_auroc(task, judged_rows, found),
+                "held_out_loss": held_out_loss(probe, train, labels),
+            }
+    write_scores(place.scores(cell), scores)
+    return result
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path) -> Moments:
+    """Open a folder once a process."""
+    return Moments.at(folder)
+
+
+def blocks_of(place: Place, data: Moments, cell: Cell, moment: datetime) -> Blocks:
+    """Return what a probe sees of the users of a moment."""
+    population = data.users(moment)
+    name = cell.representation
+    if name == "rfm":
+        return (Block("rfm", population.rfm),)
+    if name == "aggregates":
+        return (Block("aggregates", data.aggregates(moment)),)
+    if name == "random":
+        width = int(data.about.get("random_width", 128))
+        return (Block("vector", random_vectors(population.user_ids, moment, width, cell.seed)),)
+    source = "embedding" if name == COMBINED else name
+    vector = Block("vector", read_arrays(place.vectors(source, cell.seed))[day_of(moment)])
+    return (Block("aggregates", data.aggregates(moment)), vector) if name == COMBINED else (vector,)
+
+
+def rows_of(cell: Cell, before: Population, after: Population) -> tuple[np.ndarray, np.ndarray]:
+    """Return who of the train cutoff is fitted on, and who of the test cutoff is judged.
+
+    Shares of the labels are nested and depend on the seed alone, so every representation gets the
+    same. `new users`: half of all users, by a hash of their ids, are fitted on, the others judged.
+    """
+    everyone = np.arange(len(before)), np.arange(len(after))
+    if cell.split in SHARES:
+        num = max(FEWEST, math.ceil(SHARES[cell.split] * len(before)))
+        order = np.random.default_rng(cell.seed).permutation(len(before))
+        return np.sort(order[:num]), everyone[1]
+    if cell.split == NEW_USERS:
+        is_fitted_on, is_judged = half_of(before), ~half_of(after)
+        return np.flatnonzero(is_fitted_on), np.flatnonzero(is_judged)
+    return everyone
+
+
+def half_of(users: Population) -> np.ndarray:
+    """Return who is in the half that is fitted on: the last digit of the id's MD5 is even."""
+    return np.array([int(digest(user)[-1], 16) % 2 == 0 for user in users.user_ids.to_pylist()])
+
+
+def positive(fitted: FittedProbes, blocks: Blocks) -> np.ndarray:
+    """Return the (N, targets) probabilities of the positive class, also if only one was seen."""
+    columns = [
+        found[:, 1] if len(model.classes_) > 1 else np.full(len(found), float(model.classes_[0]))
+        for model, found in zip(fitted.models, fitted.predict(blocks), strict=True)
+    ]
+    return np.column_stack(columns).astype(np.float32)
+
+
+def held_out_loss(probe: ProbeName, train: Blocks, labels: Sequence[np.ndarray]) -> float:
+    """Return the mean log loss of targets on a quarter of the users that is not fitted on."""
+    num_users = len(labels[0])
+    order = np.random.default_rng(PROBE_SEED + 1).permutation(num_users)
+    num_held_out = max(1, int(num_users * HELD_OUT))
+    held_out, kept = order[:num_held_out], order[num_held_out:]
+    fitted = fit_probes(probe, take(train, kept), [each[kept] for each in labels], PROBE_SEED, 1)
+    found = positive(fitted, take(train, held_out))
+    actual = np.column_stack([each[held_out] for each in labels])
+    chosen = np.where(actual, found, 1 - found)
+    return float(-np.log(chosen.clip(min=MIN_PROBABILITY)).mean())
+
+
+def mean_auroc(task: Task, rows: np.ndarray, scores: np.ndarray) -> float:
+    """Return the mean over targets that the judged users leave defined."""
+    values = [
+        estimate_auroc(labels[rows], scores[:, place], np.empty((0, len(rows)), np.uint16)).value
+        for place, labels in enumerate(task.test_labels)
+    ]
+    return float(np.nanmean(values))
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Write arrays in single precision, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_file(path) as aside, aside.open("wb") as file:
+        np.savez_compressed(
+            file, **{name: each.astype(np.float32) for name, each in scores.items()}
+        )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what `write_scores` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
