@@ -46,6 +46,7 @@ SPLITS = (EVERYONE, NEW_USERS, *SHARES)
 SPLIT_REPRESENTATIONS = ("rfm", "aggregates", "embedding", COMBINED)
 """What is judged on splits other than everyone."""
 FEWEST = 20  # labelled users of a share at the least
+RANDOM_WIDTH = 128
 PROBE_SEED = 0  # of the held-out quarter: what varies is the encoder
 
 Scores = dict[str, np.ndarray]
@@ -158,8 +159,8 @@ def blocks_of(place: Place, data: Moments, cell: Cell, moment: datetime) -> Bloc
     if name == "aggregates":
         return (Block("aggregates", data.aggregates(moment)),)
     if name == "random":
-        width = int(data.about.get("random_width", 128))
-        return (Block("vector", random_vectors(population.user_ids, moment, width, cell.seed)),)
+        noise = random_vectors(population.user_ids, moment, RANDOM_WIDTH, cell.seed)
+        return (Block("vector", noise),)
     source = "embedding" if name == COMBINED else name
     vector = Block("vector", read_arrays(place.vectors(source, cell.seed))[day_of(moment)])
     return (Block("aggregates", data.aggregates(moment)), vector) if name == COMBINED else (vector,)

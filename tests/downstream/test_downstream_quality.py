@@ -32,6 +32,14 @@ PAIRS = [(test - HORIZON, test) for test in TESTS]
 MOMENTS = sorted({moment for pair in PAIRS for moment in pair})
 TYPES = ("view", "cart", "buy")
 NUM_USERS = 90
+PRESET = """
+name: handmade
+description: Events made for tests.
+columns:
+  {user_id: user_id, event_type: event_type, occurred_at: occurred_at, category: category,
+   item_id: item_id, amount: amount}
+tasks: {propensity_column: category, horizon_days: 10, lookback_days: 30}
+"""
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
@@ -215,6 +223,47 @@ def test_what_happens_at_or_after_a_moment_changes_nothing_that_is_read_at_it(tm
             for name in ("vocabulary.json", "tokens.parquet")
         )
         assert data.trained_through <= min(before for before, _ in data.pairs)
+
+
+@pytest.mark.slow
+def test_nothing_that_is_prepared_for_fitting_knows_of_later_events(tmp_path):
+    events = make_events().drop("event_id")
+    later = pl.col("occurred_at") >= MOMENTS[0]
+    changed = events.with_columns(
+        category=pl.when(later).then(pl.lit("new")).otherwise("category"),
+        amount=pl.when(later).then(99.0).otherwise("amount"),
+    )
+    newcomer = events.filter(later).with_columns(user_id=pl.lit("a newcomer"))
+    one, other = (
+        prepare(tmp_path / name, table)
+        for name, table in (("one", events), ("other", pl.concat([changed, newcomer])))
+    )
+    day = cutoffs.day_of(MOMENTS[0])
+    for name in (f"aggregates_{day}.parquet", "vocabulary/tokens.parquet"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    users = [pq.read_table(folder / f"users_{day}.parquet") for folder in (one, other)]
+    assert users[0].column_names == users[1].column_names  # the same targets
+    known = ["user_id", "recency_days", "frequency", "monetary"]
+    assert users[0].select(known).equals(users[1].select(known))
+    data = [cutoffs.Moments.at(folder) for folder in (one, other)]
+    assert data[0].training_sequences().equals(data[1].training_sequences())
+    assert data[0].trained_through == MOMENTS[0]
+    assert data[0].about["judged_users"] != {}
+
+
+def prepare(folder: Path, events: pl.DataFrame) -> Path:
+    """Prepare the first pair of cutoffs by the command."""
+    folder.mkdir()
+    events.write_parquet(folder / "events.parquet")
+    (folder / "preset.yaml").write_text(PRESET)
+    command = [
+        sys.executable, str(BENCHMARKS / "quality_prepare.py"), "--out", str(folder / "data"),
+        "--source", str(folder / "preset.yaml"), "--path", str(folder / "events.parquet"),
+        "--cutoffs", cutoffs.day_of(PAIRS[0][1]), "--threads", "1", "--max-training-users", "50",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "data"
 
 
 def test_a_user_is_drawn_at_all_cutoffs_as_often():
