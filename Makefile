@@ -8,7 +8,7 @@ MANIFEST := dbt_sql/target/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long ui serve bench bench-warehouse bench-drift \
-  bench-feature-store docs lint format clean
+  bench-feature-store bench-quality docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -58,6 +58,14 @@ bench-warehouse: setup  ## the warehouse at 50 M and 169 M events, half an hour,
 
 bench-feature-store: setup  ## publish a million users beside stock Feast; half an hour, 25 GB of disk
 	$(BIN)/python benchmarks/feature_store.py $(BENCH)
+
+QUALITY ?= build/quality
+
+bench-quality: setup  ## what the embedding is worth, on all data sets: docs/quality.md; hours without a GPU
+	test -d $(QUALITY)/data || $(BIN)/python benchmarks/quality_prepare.py \
+	  --all $(or $(BEHAVIOR_REALDATA),../shared/data) --out $(QUALITY)/data
+	$(BIN)/python benchmarks/quality.py --data $(QUALITY)/data/* --out $(QUALITY)/results \
+	  --table docs/quality.md $(BENCH)
 
 docs: $(STAMP)  ## describe every model and column on one page, with their lineage
 	$(BIN)/dbt --quiet docs generate --static --empty-catalog \

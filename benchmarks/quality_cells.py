@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from kept_results import KeptResults, Result
 from quality_cutoffs import Moments, day_of, digest
+from sklearn.metrics import average_precision_score
 
 from behavior_pipeline.downstream.blocks import Block, Blocks, random_vectors, take
 from behavior_pipeline.downstream.probes import (
@@ -137,7 +138,7 @@ def _measure(place: Place, cell: Cell) -> Result:
             found = positive(fit_probes(probe, train, labels, PROBE_SEED, 1), test)
             scores[f"{task.name}/{probe}"] = found
             result[f"{task.name}/{probe}"] = {
-                "auroc": mean_auroc(task, judged_rows, found),
+                **means(task, judged_rows, found),
                 "held_out_loss": held_out_loss(probe, train, labels),
             }
     write_scores(place.scores(cell), scores)
@@ -210,13 +211,15 @@ def held_out_loss(probe: ProbeName, train: Blocks, labels: Sequence[np.ndarray])
     return float(-np.log(chosen.clip(min=MIN_PROBABILITY)).mean())
 
 
-def mean_auroc(task: Task, rows: np.ndarray, scores: np.ndarray) -> float:
-    """Return the mean over targets that the judged users leave defined."""
-    values = [
-        estimate_auroc(labels[rows], scores[:, place], np.empty((0, len(rows)), np.uint16)).value
-        for place, labels in enumerate(task.test_labels)
-    ]
-    return float(np.nanmean(values))
+def means(task: Task, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Return AUROC and average precision, means over targets with both classes among the judged."""
+    labels = [each[rows] for each in task.test_labels]
+    pairs = [(y, s) for y, s in zip(labels, scores.T, strict=True) if 0 < y.sum() < len(y)]
+    none = np.empty((0, len(rows)), np.uint16)
+    return {
+        "auroc": float(np.mean([estimate_auroc(y, s, none).value for y, s in pairs])),
+        "average_precision": float(np.mean([average_precision_score(y, s) for y, s in pairs])),
+    }
 
 
 def write_scores(path: Path, scores: Scores) -> None:

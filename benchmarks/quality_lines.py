@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from quality_cells import EVERYONE, REPRESENTATIONS, SPLITS
 from quality_cutoffs import TASKS
-from quality_statistics import COMPARISONS, RULES, Judged, compare, over_cells, probe_mean
+from quality_statistics import (
+    COMPARISONS,
+    RULES,
+    Judged,
+    average_precision,
+    compare,
+    over_cells,
+    probe_mean,
+)
 
 Line = dict[str, Any]
 
@@ -42,6 +50,9 @@ def score_lines(judged: list[Judged], task: str, representation: str, split: str
             "kind": "score", "task": task, "split": split, "representation": representation,
             "rule": rule, "value": found.value, "unit": "macro AUROC",
             "interval": rounded(found.interval),
+            "average_precision": rounded(
+                average_precision(judged, task, representation, split, rule)
+            ),
             "by_probe": {
                 probe: round(value, 4)
                 for probe, value in probe_mean(judged, task, representation, split).items()

@@ -58,6 +58,18 @@ class Judged:
         return None if probe is None else self.estimates[f"{task}/{probe}"]
 
 
+def average_precision(
+    judged: Iterable[Judged], task: str, representation: str, split: str, rule: str
+) -> float:
+    """Return the mean average precision over targets, cutoffs and seeds under the chosen probe."""
+    found = []
+    for each in judged:
+        probe = chosen_probe(each.result, representation, task, rule)
+        if (each.cell.representation, each.cell.split) == (representation, split) and probe:
+            found.append(each.result[f"{task}/{probe}"]["average_precision"])
+    return float(np.mean(found))
+
+
 def chosen_probe(result: Result, representation: str, task: str, rule: str) -> str | None:
     """Return the probe named beforehand, or that of the lower loss held out at the train cutoff."""
     losses = {

@@ -147,11 +147,11 @@ def data_part(lines: list[Line], name: str) -> str:
         row = [representation]
         for task in TASKS:
             found = picked(mine, representation=representation, task=task)
-            row += score_cells(found[0]) if found else ["", "", ""]
+            row += score_cells(found[0]) if found else [""] * 4
         rows.append(row) if any(row[1:]) else None
     head = [name]
     for task in TASKS:
-        head += [f"{task} LR", f"{task} GBM", f"{task}, chosen probe"]
+        head += [f"{task} LR", f"{task} GBM", f"{task}, chosen probe", "AP"]
     return f"{sizes_of(lines, name)}\n\n{table(head, rows)}"
 
 
@@ -169,12 +169,13 @@ def sizes_of(lines: list[Line], name: str) -> str:
 
 
 def score_cells(line: Line) -> list[str]:
-    """Return the cells of a score: logistic regression, boosting, the chosen one."""
+    """Return the cells of a score: both probes, the chosen one, and its average precision."""
     probes = line["by_probe"]
     known = [probes.get(probe) for probe in ("logistic_regression", "gradient_boosting")]
     cells = ["" if value is None else number(value) for value in known]
     low, high = line["interval"] or (line["value"], line["value"])
-    return [*cells, f"{number(line['value'])} ({number(low)} to {number(high)})"]
+    told = f"{number(line['value'])} ({number(low)} to {number(high)})"
+    return [*cells, told, number(line["average_precision"])]
 
 
 def few_labels_table(lines: list[Line]) -> str:

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from kept_results import Result
-from quality_cells import PROBE_SEED, Cell, Place, kept_cell, mean_auroc, write_scores
+from quality_cells import PROBE_SEED, Cell, Place, kept_cell, means, write_scores
 from quality_cutoffs import Moments, day_of
 from quality_data import Cut
 from quality_networks import (
@@ -154,7 +154,7 @@ class Maker:
         for task, columns in zip(tasks, np.split(found, ends[:-1], axis=1), strict=True):
             scores[f"{task.name}/{END_TO_END}"] = columns
             result[f"{task.name}/{END_TO_END}"] = {
-                "auroc": mean_auroc(task, rows, columns),
+                **means(task, rows, columns),
                 "held_out_loss": 0.0,  # there is nothing to choose
             }
         write_scores(self.place.scores(cell), scores)
