@@ -62,8 +62,8 @@ bench-feature-store: setup  ## publish a million users beside stock Feast; half 
 QUALITY ?= build/quality
 
 bench-quality: setup  ## what the embedding is worth, on all data sets: docs/quality.md; hours without a GPU
-	test -d $(QUALITY)/data || $(BIN)/python benchmarks/quality_prepare.py \
-	  --all $(or $(BEHAVIOR_REALDATA),../shared/data) --out $(QUALITY)/data
+	$(BIN)/python benchmarks/quality_prepare.py --all $(or $(BEHAVIOR_REALDATA),../shared/data) \
+	  --out $(QUALITY)/data
 	$(BIN)/python benchmarks/quality.py --data $(QUALITY)/data/* --out $(QUALITY)/results \
 	  --table docs/quality.md $(BENCH)
 

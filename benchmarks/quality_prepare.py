@@ -216,7 +216,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", help="raw events")
     parser.add_argument("--cutoffs", help="test cutoffs, YYYY-MM-DD with commas between them")
     parser.add_argument(
-        "--all", type=Path, metavar="FOLDER", help="all known data sets, whose files are there"
+        "--all",
+        type=Path,
+        metavar="FOLDER",
+        help="all known data sets, whose files are there; those in --out stay as they are",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that is written")
     parser.add_argument("--propensity-column", help="instead of the preset's")
@@ -237,7 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.all:
             prepare_in_home(given, given.source, given.path, given.cutoffs)
         for source, (file, cutoffs) in KNOWN.items() if given.all else ():
-            prepare_in_home(given, source, str(given.all / file), cutoffs)
+            if not (given.out / source).is_dir():  # which is written as a whole or not at all
+                prepare_in_home(given, source, str(given.all / file), cutoffs)
     except PipelineError as error:
         sys.exit(str(error))
 

@@ -66,6 +66,7 @@ def claims_part(lines: list[Line]) -> str:
         met = [line for line in claim.cells if claim.is_met(line)]
         missed = [f"{line['data']} {line['task']}" for line in claim.cells if line not in met]
         told = "yes" if len(met) >= claim.needed else "**no**"
+        told = told if claim.cells else "not measured"
         cells = f"{len(met)} of {len(claim.cells)}"
         rows.append([claim.text, cells, str(claim.needed), told, ", ".join(missed) or "none"])
     head = ["what was to be shown", "cells", "needed", "shown", "not in"]
