@@ -37,6 +37,7 @@ from behavior_pipeline.storage import writing_file
 WITHOUT_SEED = ("rfm", "aggregates")
 COMBINED = "aggregates+embedding"
 OURS = ("embedding", COMBINED)
+WITH_AGGREGATES = ("aggregates", COMBINED)
 REPRESENTATIONS = (
     "random", "untrained", "rfm", "aggregates", "embedding", COMBINED, "supervised", "coles",
 )  # fmt: skip
@@ -118,7 +119,11 @@ def kept_cell(place: Place, cell: Cell, measure: Any) -> Result | None:
     """Return a cell that is there with its probabilities, or measure it and keep it."""
     if not place.scores(cell).is_file() and not place.is_finished:
         (place.out / "cells" / f"{cell.name}-{cell.seed}.json").unlink(missing_ok=True)
-    more = {"training": place.training} if cell.representation in OURS else {}
+    more: dict[str, Any] = {}
+    if cell.representation in OURS:
+        more["training"] = place.training
+    if cell.representation in WITH_AGGREGATES:
+        more["aggregates"] = _opened(place.data).aggregates_digest
     return place.kept.result(cell.name, cell.seed, measure, **more)
 
 

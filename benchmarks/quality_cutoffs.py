@@ -83,6 +83,14 @@ class Moments:
         """Whole histories up to the last test cutoff: of judged users and of training users."""
         return pq.read_table(self.folder / SEQUENCES_FILE)
 
+    @cached_property
+    def aggregates_digest(self) -> str:
+        """A hash of the aggregates at all moments, whose columns the marts may come to change."""
+        found = hashlib.md5(usedforsecurity=False)
+        for path in sorted(self.folder.glob("aggregates_*.parquet")):
+            found.update(path.read_bytes())
+        return found.hexdigest()
+
     def write_training_sequences(self, folder: Path) -> Path:
         """Write what encoders are trained on, as the pipeline would have at `trained_through`."""
         folder.mkdir(parents=True, exist_ok=True)
