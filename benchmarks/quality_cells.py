@@ -24,10 +24,15 @@ from behavior_pipeline.downstream.blocks import Block, Blocks, random_vectors, t
 from behavior_pipeline.downstream.probes import (
     HELD_OUT,
     MIN_PROBABILITY,
+    PENALTIES,
     PROBES,
+    RFM_PENALTY,
     FittedProbes,
+    Normalizer,
     ProbeName,
+    fit_model,
     fit_probes,
+    log_loss,
 )
 from behavior_pipeline.downstream.statistics import estimate_auroc
 from behavior_pipeline.downstream.tasks import Task
@@ -42,6 +47,9 @@ REPRESENTATIONS = (
     "random", "untrained", "rfm", "aggregates", "embedding", COMBINED, "supervised", "coles",
 )  # fmt: skip
 SHARES = {"1%": 0.01, "5%": 0.05, "25%": 0.25}
+FEW = "1%"
+"""A share of which a quarter is too few to choose by, and too few for trees of 20 users a leaf."""
+NUM_FOLDS = 5
 EVERYONE = "100%"
 NEW_USERS = "new users"
 SPLITS = (EVERYONE, NEW_USERS, *SHARES)
@@ -122,6 +130,8 @@ def kept_cell(place: Place, cell: Cell, measure: Any) -> Result | None:
     more: dict[str, Any] = {}
     if cell.representation in OURS:
         more["training"] = place.training
+    if cell.split == FEW:
+        more["few"] = NUM_FOLDS
     if cell.representation in WITH_AGGREGATES:
         more["aggregates"] = _opened(place.data).aggregates_digest
     return place.kept.result(cell.name, cell.seed, measure, **more)
@@ -139,15 +149,57 @@ def _measure(place: Place, cell: Cell) -> Result:
     scores: Scores = {}
     for task in data.tasks(pair):
         labels = [each[fit_rows] for each in task.train_labels]
-        for probe in PROBES:
-            found = positive(fit_probes(probe, train, labels, PROBE_SEED, 1), test)
+        for probe, (fitted, loss) in fitted_probes(cell, train, labels).items():
+            found = positive(fitted, test)
             scores[f"{task.name}/{probe}"] = found
-            result[f"{task.name}/{probe}"] = {
-                **means(task, judged_rows, found),
-                "held_out_loss": held_out_loss(probe, train, labels),
-            }
+            told = {**means(task, judged_rows, found), "held_out_loss": loss}
+            result[f"{task.name}/{probe}"] = told
     write_scores(place.scores(cell), scores)
     return result
+
+
+def fitted_probes(
+    cell: Cell, train: Blocks, labels: Sequence[np.ndarray]
+) -> dict[str, tuple[FittedProbes, float]]:
+    """Return by probe what was fitted, and what it loses on a held-out quarter."""
+    if cell.split == FEW:
+        return {"logistic_regression": (fit_few(train, labels), 0.0)}  # nothing to choose
+    return {
+        probe: (
+            fit_probes(probe, train, labels, PROBE_SEED, 1),
+            held_out_loss(probe, train, labels),
+        )
+        for probe in PROBES
+    }
+
+
+def fit_few(train: Blocks, labels: Sequence[np.ndarray]) -> FittedProbes:
+    """Fit logistic regression where a quarter of the users is too few to choose the penalty by.
+
+    Every user is held out once, in one of five folds. RFM keeps the penalty it has with all labels.
+    """
+    normalizer = Normalizer().fit(train)
+    columns = normalizer.transform(train)
+    folds = np.arange(len(columns)) % NUM_FOLDS  # rows are in the order of ids: no order in time
+    penalty = RFM_PENALTY
+    if any(block.kind != "rfm" for block in train):
+        losses = [folded_loss(columns, labels, folds, each) for each in PENALTIES]
+        penalty = PENALTIES[int(np.argmin(losses))]
+    models = tuple(fit_model("logistic_regression", columns, y, penalty) for y in labels)
+    return FittedProbes("logistic_regression", penalty, normalizer.transform, models)
+
+
+def folded_loss(
+    columns: np.ndarray, labels: Sequence[np.ndarray], folds: np.ndarray, penalty: float
+) -> float:
+    """Return the mean log loss of users left out, over folds and targets."""
+    losses = []
+    for fold in range(NUM_FOLDS):
+        kept, held_out = folds != fold, folds == fold
+        for y in labels:
+            model = fit_model("logistic_regression", columns[kept], y[kept], penalty)
+            losses.append(log_loss(model, columns[held_out], y[held_out]))
+    return float(np.mean(losses))
 
 
 @lru_cache(maxsize=4)

@@ -24,6 +24,7 @@ import quality_cells as cells  # noqa: E402
 import quality_cutoffs as cutoffs  # noqa: E402
 import quality_networks as networks  # noqa: E402
 import quality_statistics as statistics  # noqa: E402
+import quality_table as page  # noqa: E402
 
 FIRST = datetime(2024, 3, 1, tzinfo=UTC)
 HORIZON = timedelta(days=10)
@@ -148,10 +149,12 @@ def run(data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command_measures_tells_and_goes_on(tmp_path):
     data = write_prepared(tmp_path / "data", make_events(), num_pairs=2)
-    page = tmp_path / "quality.md"
-    page.write_text("# Words\n\n<!-- written by benchmarks/quality.py: everything below -->\nold")
+    told_at = tmp_path / "quality.md"
+    told_at.write_text(
+        "# Words\n\n<!-- written by benchmarks/quality.py: everything below -->\nold"
+    )
     some = ["rfm", "aggregates", "embedding", "aggregates+embedding", "supervised", "coles"]
-    more = ["--splits", "100%", "--table", str(page), "--only", ",".join(some)]
+    more = ["--splits", "100%", "--table", str(told_at), "--only", ",".join(some)]
     done = run(data, tmp_path / "out", *more)
     assert done.returncode == 0, done.stderr
     lines = [
@@ -168,7 +171,7 @@ def test_the_command_measures_tells_and_goes_on(tmp_path):
     assert scores["churn", "embedding"]["spread_over_seeds"] is not None
     low, high = scores["churn", "embedding"]["interval"]
     assert low < scores["churn", "embedding"]["value"] < high
-    told = page.read_text()
+    told = told_at.read_text()
     assert told.startswith("# Words")
     assert "old" not in told
     assert "aggregates+embedding against aggregates" in told
@@ -298,6 +301,43 @@ def test_the_probe_is_chosen_by_what_is_held_out_at_the_train_cutoff():
     assert chosen(result, "rfm", "churn", "stated") == "gradient_boosting"
     assert chosen(result, "rfm", "churn", "held_out") == "logistic_regression"
     assert chosen(result, "rfm", "propensity", "stated") is None
+
+
+def test_few_labels_take_logistic_regression_with_the_penalty_of_five_folds():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(25, 8))
+    labels = [values[:, 0] > 0, np.zeros(25, bool)]
+    blocks = (cells.Block("vector", values),)
+    found = cells.fitted_probes(cells.Cell("embedding", 0, 0, cells.FEW), blocks, labels)
+    ((fitted, _),) = found.values()
+    assert list(found) == ["logistic_regression"]
+    folds = np.arange(25) % cells.NUM_FOLDS
+    columns = fitted.columns(blocks)
+    losses = {c: cells.folded_loss(columns, labels, folds, c) for c in cells.PENALTIES}
+    assert fitted.penalty == min(losses, key=losses.get)
+    probabilities = cells.positive(fitted, blocks)
+    assert probabilities.shape == (25, 2)
+    assert (probabilities[:, 1] == 0).all()  # one class was seen
+
+
+def test_claims_count_cells_under_either_rule():
+    def line(task, rule, value, verdict, split="100%", theirs="rfm"):
+        return {
+            "kind": "comparison", "data": "d", "task": task, "split": split, "rule": rule,
+            "ours": "embedding", "theirs": theirs, "value": value, "relative": value / 0.7,
+            "verdict": verdict,
+        }  # fmt: skip
+
+    lines = [
+        line("churn", "stated", 0.07, "win"), line("churn", "held_out", -0.01, "loss"),
+        line("propensity", "stated", 0.05, "tie"), line("propensity", "held_out", 0.05, "tie"),
+        line("churn", "held_out", 0.01, "tie", "1%", "aggregates"),
+    ]  # fmt: skip
+    told = {
+        rule: [sum(map(claim.is_met, claim.cells)) for claim in page.claims_of(lines, rule)]
+        for rule in statistics.RULES
+    }
+    assert told == {"stated": [0, 1, 2, 0, 0, 0, 0, 0, 1], "held_out": [0, 0, 1, 0, 0, 0, 0, 0, 1]}
 
 
 @pytest.mark.parametrize(
