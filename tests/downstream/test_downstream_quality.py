@@ -321,7 +321,9 @@ def test_few_labels_take_logistic_regression_with_the_penalty_of_five_folds():
 
 
 def test_claims_count_cells_under_either_rule():
-    def line(task, rule, value, verdict, split="100%", theirs="rfm"):
+    def line(
+        task: str, rule: str, value: float, verdict: str, split: str = "100%", theirs: str = "rfm"
+    ) -> dict[str, object]:
         return {
             "kind": "comparison", "data": "d", "task": task, "split": split, "rule": rule,
             "ours": "embedding", "theirs": theirs, "value": value, "relative": value / 0.7,
