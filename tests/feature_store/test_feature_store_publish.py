@@ -187,6 +187,7 @@ def test_users_are_handed_to_the_store_in_bounded_batches(
     write_embeddings(storage, NOVEMBER, users, vectors(len(users), seed=0), num_buckets=1)
     sizes: list[int] = []
     monkeypatch.setattr(publish, "ONLINE_BATCH_ROWS", 1_000)
+    monkeypatch.setattr(publish, "MIN_BATCH_ROWS", 1_000)
     monkeypatch.setattr(online_sqlite, "online_features", killing(99, sizes))
     reports: list[tuple[int, int, str]] = []
     publish_view(storage, "user_embedding", NOVEMBER, report=lambda *seen: reports.append(seen))
