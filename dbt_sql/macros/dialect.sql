@@ -31,3 +31,8 @@
 {% macro is_weekend(date) -%}
   isodow({{ date }}) >= 6
 {%- endmacro %}
+
+{#- Sum of the so many largest numbers of a group. -#}
+{% macro sum_of_largest(column, count) -%}
+  list_sum(max({{ column }}, {{ count | int }}))
+{%- endmacro %}

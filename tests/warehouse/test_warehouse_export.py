@@ -106,7 +106,7 @@ def test_aggregates_are_numbers_of_every_user_known_at_the_nights_cutoff(built: 
         is_night = cutoff == built.windows.cutoff  # the only cutoff that has aggregates
         assert table["user_id"].to_pylist() == (sorted(users) if is_night else [])
         features = table.drop_columns(["user_id", "observation_cutoff"])
-        assert features.num_columns >= 40
+        assert features.num_columns >= 90
         for name in features.column_names:
             assert features.schema.field(name).type in {pa.int64(), pa.float64()}
             num_finite = pc.sum(pc.is_finite(features[name])).as_py() or 0

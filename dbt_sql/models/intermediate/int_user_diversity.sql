@@ -56,6 +56,7 @@ final as (
         coalesce({{ values }}.num_values, 0) as num_{{ values }},
         coalesce({{ values }}.entropy, 0) as {{ name }}_entropy,
         coalesce({{ values }}.top_share, 0) as top_{{ name }}_share,
+        coalesce({{ values }}.top_3_share, 0) as top_3_{{ name }}_share,
         {%- endfor %}
         {{ share('items.num_events - items.num_values', 'items.num_events') }} as repeat_item_share
     from event_types

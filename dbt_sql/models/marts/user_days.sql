@@ -38,6 +38,12 @@ days as (
         cast(
             count(*) filter (where hour_of_day < 6 or hour_of_day >= 22) as integer
         ) as num_night_events,
+        cast(
+            count(*) filter (where hour_of_day >= 6 and hour_of_day < 12) as integer
+        ) as num_morning_events,
+        cast(
+            count(*) filter (where hour_of_day >= 12 and hour_of_day < 18) as integer
+        ) as num_afternoon_events,
         coalesce(sum(amount), 0) as amount,
         coalesce(sum(amount) filter (where is_qualifying), 0) as qualifying_amount,
         max(amount) as max_amount,
