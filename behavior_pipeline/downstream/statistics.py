@@ -7,6 +7,7 @@ weighted metrics, and nothing is sorted again per resample.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,12 +63,14 @@ def resample_counts(num_users: int, num_samples: int, seed: int) -> Counts:
 
 def estimate_auroc(labels: NDArray[np.bool_], scores: Floats, counts: Counts) -> Estimate:
     """Return the area under the ROC curve of (N,) scores, ties counting one half."""
-    ones = np.ones((1, len(labels)), dtype=np.uint16)
-    value = weighted_auroc(labels, scores, ones)[0]
-    rows = max(1, CHUNK_CELLS // max(len(labels), 1))
-    chunks = [counts[at : at + rows] for at in range(0, len(counts), rows)]
-    samples = [weighted_auroc(labels, scores, chunk) for chunk in chunks]
-    return Estimate(float(value), np.concatenate(samples) if samples else np.empty(0))
+    return _estimate(weighted_auroc, labels, scores, counts)
+
+
+def estimate_average_precision(
+    labels: NDArray[np.bool_], scores: Floats, counts: Counts
+) -> Estimate:
+    """Return the average precision of (N,) scores: of random ones, the share of positives."""
+    return _estimate(weighted_average_precision, labels, scores, counts)
 
 
 def weighted_auroc(labels: NDArray[np.bool_], scores: Floats, counts: Counts) -> Floats:
@@ -89,6 +92,28 @@ def weighted_auroc(labels: NDArray[np.bool_], scores: Floats, counts: Counts) ->
     pairs = weights.sum(axis=0) * running[-1]
     undefined = np.full(len(counts), np.nan)
     return np.asarray(np.divide(wins, pairs, out=undefined, where=pairs > 0))
+
+
+def weighted_average_precision(labels: NDArray[np.bool_], scores: Floats, counts: Counts) -> Floats:
+    """Return the (S,) average precisions for (S, N) weights; NaN without a positive.
+
+    The mean over positives of the precision among users who score at least as high: the step-wise
+    area under the precision-recall curve. Users are sorted once, as in `weighted_auroc`.
+    """
+    order = np.argsort(-scores, kind="stable")
+    descending, is_positive = -scores[order], labels[order]
+    places = np.flatnonzero(is_positive)
+    thresholds = np.unique(descending[places])
+    num_at_least = np.searchsorted(descending, thresholds, side="right")
+    num_hits = np.searchsorted(descending[places], thresholds, side="right")
+    everyone = np.cumsum(counts.T[order], axis=0, dtype=np.int32)[num_at_least - 1]
+    hits = np.cumsum(counts.T[order[places]], axis=0, dtype=np.int32)[num_hits - 1]
+    precision = np.divide(hits, everyone, out=np.zeros(hits.shape), where=everyone > 0)
+    gained = np.diff(hits, axis=0, prepend=np.zeros((1, len(counts)), dtype=np.int32))
+    area = np.einsum("gs,gs->s", gained.astype(np.float64), precision)
+    total = counts.T[order[places]].sum(axis=0, dtype=np.int64)
+    undefined = np.full(len(counts), np.nan)
+    return np.asarray(np.divide(area, total, out=undefined, where=total > 0))
 
 
 def estimate_accuracy(is_correct: NDArray[np.bool_], counts: Counts) -> Estimate:
@@ -114,6 +139,21 @@ def mean_estimate(estimates: list[Estimate]) -> Estimate:
     total = np.where(is_defined, samples, 0).sum(axis=0)
     mean = np.divide(total, num_defined, out=np.full(len(total), np.nan), where=num_defined > 0)
     return Estimate(float(np.mean([estimate.value for estimate in estimates])), mean)
+
+
+def _estimate(
+    metric: Callable[[NDArray[np.bool_], Floats, Counts], Floats],
+    labels: NDArray[np.bool_],
+    scores: Floats,
+    counts: Counts,
+) -> Estimate:
+    """Return a weighted metric on the users and on each resample, some resamples at a time."""
+    ones = np.ones((1, len(labels)), dtype=np.uint16)
+    value = metric(labels, scores, ones)[0]
+    rows = max(1, CHUNK_CELLS // max(len(labels), 1))
+    chunks = [counts[at : at + rows] for at in range(0, len(counts), rows)]
+    samples = [metric(labels, scores, chunk) for chunk in chunks]
+    return Estimate(float(value), np.concatenate(samples) if samples else np.empty(0))
 
 
 def _macro_recall(

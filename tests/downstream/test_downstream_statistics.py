@@ -4,16 +4,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from behavior_pipeline.downstream.statistics import (
     Estimate,
     estimate_accuracy,
     estimate_auroc,
+    estimate_average_precision,
     estimate_macro_recall,
     mean_estimate,
     resample_counts,
     weighted_auroc,
+    weighted_average_precision,
 )
 
 users = st.lists(
@@ -32,6 +39,31 @@ def test_weighted_auroc_is_that_of_repeated_users(rows: list[tuple[bool, int, in
         assert np.isnan(value)
     else:
         assert value == pytest.approx(roc_auc_score(*repeated), abs=1e-12)
+
+
+@given(users)
+def test_weighted_average_precision_is_that_of_repeated_users(
+    rows: list[tuple[bool, int, int]],
+) -> None:
+    labels = np.array([row[0] for row in rows])
+    scores = np.array([row[1] for row in rows], dtype=float)
+    counts = np.array([[row[2] for row in rows]], dtype=np.uint16)
+    repeated = np.repeat(labels, counts[0]), np.repeat(scores, counts[0])
+    value = weighted_average_precision(labels, scores, counts)[0]
+    if not repeated[0].any():
+        assert np.isnan(value)
+    else:
+        assert value == pytest.approx(average_precision_score(*repeated), abs=1e-12)
+
+
+def test_average_precision_by_hand() -> None:
+    """Positives at places 1 and 3 of 4: the mean of 1/1 and 2/3; drawn twice, the third of 3/4."""
+    labels = np.array([True, False, True, False])
+    scores = np.array([4.0, 3.0, 2.0, 1.0])
+    counts = np.array([[1, 1, 2, 0]], dtype=np.uint16)
+    estimate = estimate_average_precision(labels, scores, counts)
+    assert estimate.value == pytest.approx((1 + 2 / 3) / 2)
+    assert estimate.samples == pytest.approx([(1 + 2 * 3 / 4) / 3])
 
 
 def test_interval_is_that_of_drawing_users_again() -> None:
