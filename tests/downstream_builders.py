@@ -130,10 +130,27 @@ def _write_cutoff(
         },
     )
     write_propensity(folder, cutoff, user_ids, {"books": taste > 0.5, "tools": taste < -0.5})
+    write_aggregates(folder, cutoff, user_ids, activity)
     vectors = np.column_stack([activity, taste, rng.normal(size=(num_users, width - 2))])
     noise = rng.normal(size=(num_users, width))
     write_vectors(storage.embeddings(cutoff), user_ids, vectors, cutoff)
     write_vectors(storage.control_embeddings(cutoff), user_ids, noise, cutoff, "untrained")
+
+
+def write_aggregates(
+    folder: Path, cutoff: datetime, user_ids: list[str], activity: NDArray[Any]
+) -> None:
+    """Write three features that tell activity, the users in no order."""
+    columns = {
+        "observation_cutoff": [cutoff] * len(user_ids),
+        "user_id": user_ids,
+        "num_events_30d": np.round(np.exp(2 + activity)).astype(np.int64),
+        "decayed_events_7d": np.exp(activity),
+        "weekend_share": (activity > 1).astype(np.float64),
+    }
+    table = pa.table(columns)
+    shuffled = np.random.default_rng(len(user_ids)).permutation(len(user_ids))
+    pq.write_table(table.take(shuffled), folder / "user_aggregates.parquet")
 
 
 def write_propensity(

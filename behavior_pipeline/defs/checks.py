@@ -216,7 +216,9 @@ def churn_values(comparison: dict[str, Any]) -> dict[str, float]:
     return {
         row["representation"]: row["value"]
         for row in comparison["results"]
-        if row["task"] == "churn" and row["probe"] == "logistic_regression"
+        if row["task"] == "churn"
+        and row["metric"] == "auroc"
+        and row["probe"] == "logistic_regression"
     }
 
 

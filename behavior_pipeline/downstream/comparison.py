@@ -1,4 +1,4 @@
-"""The comparison: is the embedding worth more than RFM, and more than the controls?
+"""The comparison: is the embedding worth more than RFM, than aggregates, than the controls?
 
 Probes are fitted on the users, features and labels of the train cutoff, and judged on those of the
 test cutoff, one horizon later. Written beside `comparison.json`: `calibration.json` (how far the
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from behavior_pipeline.downstream.aggregates import load_aggregates
 from behavior_pipeline.downstream.calibration import brier_score, choose_calibrated, reliability
 from behavior_pipeline.downstream.measurement import (
     AUROC,
@@ -31,11 +32,12 @@ from behavior_pipeline.downstream.probes import PROBES
 from behavior_pipeline.downstream.representations import (
     BASELINE,
     REPRESENTATIONS,
+    STRONG_BASELINE,
     build_representations,
 )
 from behavior_pipeline.downstream.tasks import Task, churn_task, next_action_task, propensity_task
 from behavior_pipeline.downstream.users import Population
-from behavior_pipeline.downstream.verdict import verdicts
+from behavior_pipeline.downstream.verdict import Score, verdicts
 from behavior_pipeline.errors import PipelineError
 from behavior_pipeline.ingest.presets import Preset
 from behavior_pipeline.progress import Report, report_nothing
@@ -67,7 +69,7 @@ def compare(
         PipelineError: if a mart or an embedding is missing, if embeddings of the two cutoffs come
             from different checkpoints, or if nobody is in the population.
     """
-    bench = _load_bench(storage, settings, windows)
+    bench = _load_bench(storage, settings, preset, windows)
     churn, propensity, next_action, segments = tasks = _tasks(bench)
     step = _Steps(report, len(REPRESENTATIONS) * len(PROBES) * sum(bool(t.targets) for t in tasks))
     measures: list[Measure] = []
@@ -106,13 +108,19 @@ class _Steps:
         self._report(self._done, self._total, message)
 
 
-def _load_bench(storage: Storage, settings: Settings, windows: EvaluationWindows) -> Bench:
+def _load_bench(
+    storage: Storage, settings: Settings, preset: Preset, windows: EvaluationWindows
+) -> Bench:
     """Load both cutoffs; the targets are those of the train cutoff at both."""
     targets = load_targets(storage, windows.train_cutoff, settings.num_targets)
     train = load_population(storage, settings, windows.train_cutoff, targets)
     test = load_population(storage, settings, windows.test_cutoff, targets)
-    before, checkpoint_before = build_representations(storage, train, settings.seed)
-    after, checkpoint_after = build_representations(storage, test, settings.seed)
+    features = [
+        load_aggregates(storage, settings, preset, windows, population)
+        for population in (train, test)
+    ]
+    before, checkpoint_before = build_representations(storage, train, features[0], settings.seed)
+    after, checkpoint_after = build_representations(storage, test, features[1], settings.seed)
     if checkpoint_before != checkpoint_after:
         raise PipelineError(
             f"Embeddings at {_day(train.cutoff)} come from checkpoint {checkpoint_before}, those "
@@ -202,24 +210,25 @@ def _naive_row(measure: Measure) -> dict[str, Any]:
 
 
 def _lift_rows(measures: list[Measure]) -> list[dict[str, Any]]:
-    """Return the paired difference of every representation to RFM under the same probe."""
+    """Return the paired difference of all to RFM, then to aggregates, under the same probe."""
 
     def key(measure: Measure) -> tuple[str, str, str, str]:
         return measure.task, measure.target, measure.probe, measure.metric
 
-    baselines = {key(m): m for m in measures if m.representation == BASELINE}
+    named = {(m.representation, *key(m)): m for m in measures}
     return [
         {
             "task": measure.task,
             "target": measure.target,
             "representation": measure.representation,
-            "baseline": BASELINE,
+            "baseline": baseline,
             "probe": measure.probe,
             "metric": measure.metric,
-            **_difference_columns(measure, baselines[key(measure)]),
+            **_difference_columns(measure, named[baseline, *key(measure)]),
         }
+        for baseline in (BASELINE, STRONG_BASELINE)
         for measure in measures
-        if measure.representation != BASELINE
+        if measure.representation != baseline
     ]
 
 
@@ -233,15 +242,16 @@ def _estimate_columns(measure: Measure) -> dict[str, float | None]:
     }
 
 
-def _difference_columns(measure: Measure, baseline: Measure) -> dict[str, float | None]:
-    """Return value and interval of a paired difference."""
+def _difference_columns(measure: Measure, baseline: Measure) -> dict[str, Any]:
+    """Return value and interval of a paired difference, and whether it is a win, tie or loss."""
     difference = measure.estimate - baseline.estimate
     low, high = difference.interval or (None, None)
-    return {
+    columns = {
         "value": _rounded(difference.value),
         "ci_low": None if low is None else _rounded(low),
         "ci_high": None if high is None else _rounded(high),
     }
+    return {**columns, "verdict": Score.of(columns).outcome}
 
 
 def _write_scores(

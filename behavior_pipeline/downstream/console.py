@@ -18,6 +18,7 @@ from behavior_pipeline.downstream.verdict import (
 from behavior_pipeline.downstream.wording import (
     DASH,
     headline_sentence,
+    joined,
     left_out_sentences,
     number,
     signed,
@@ -25,10 +26,11 @@ from behavior_pipeline.downstream.wording import (
 
 COLUMNS: Final = {
     "rfm": "RFM",
-    "embedding": "embedding",
-    "rfm+embedding": "RFM +\nembedding",
-    "untrained": "untrained",
-    "random": "random",
+    "aggregates": "aggre-\ngates",
+    "embedding": "embed-\nding",
+    "rfm+embedding": "RFM +\nembed.",
+    "aggregates+embedding": "aggr. +\nembed.",
+    "untrained": "un-\ntrained",
 }
 TASKS: Final = {"churn": "Churn", "propensity": "Propensity", "next_action": "Next action"}
 METRICS: Final = {"auroc": "AUROC", "accuracy": "accuracy"}
@@ -37,16 +39,17 @@ STYLES: Final = {1: "green", 0: "dim", -1: "red"}
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
-    """Return churn, propensity and next action, with 95 % intervals; the controls at the right.
+    """Return churn, propensity and next action, with 95 % intervals; a control at the right.
 
-    Under the scores of the embedding stands their lift against RFM. Fits 80 columns.
+    Under the scores of the embedding stands their lift against RFM, or against aggregates where
+    these are beside it. Fits 80 columns, and so leaves random vectors to the caption.
     """
     table = Table(
         title=_title(comparison),
         caption=_caption(comparison),
         caption_justify="left",
         box=box.SIMPLE,
-        padding=(0, 1),
+        padding=(0, 0),  # the box has a space between columns; intervals fill the rest
     )
     table.add_column("task", no_wrap=True)
     for heading in COLUMNS.values():
@@ -69,7 +72,14 @@ def _title(comparison: dict[str, Any]) -> str:
 
 def _caption(comparison: dict[str, Any]) -> str:
     """Give the verdict and what could not be measured."""
-    lines = [headline_sentence(verdicts(comparison))]
+    found = verdicts(comparison)
+    lines = [headline_sentence(found)]
+    controls = [
+        f"{_short(number(verdict.scores['random'].value))} ({PROBES[verdict.probe]})"
+        for verdict in probe_verdicts(comparison, *HEADLINES[0])
+    ]
+    if controls:
+        lines.append(f"Random vectors on churn: {joined(controls)}.")
     left_out = left_out_sentences(comparison)
     lines += left_out[:1]
     if len(left_out) > 1:
@@ -87,8 +97,9 @@ def _cell(verdict: Verdict, name: str) -> str:
     """Write a score, its interval and, for the embedding, the lift with its own."""
     score = verdict.scores[name]
     lines = [_short(number(score.value)), f"[dim]{_span(score, number)}[/dim]"]
-    if name in {"embedding", "rfm+embedding"}:
-        lift = verdict.lifts[name]
+    lifts = verdict.further_lifts if name == "aggregates+embedding" else verdict.lifts
+    if name in {"embedding", "rfm+embedding", "aggregates+embedding"}:
+        lift = lifts[name]
         style = STYLES[lift.sign]
         lines.append(f"[{style}]{_short(signed(lift.value))}[/{style}]")
         lines.append(f"[{style}]{_span(lift, signed)}[/{style}]")

@@ -19,6 +19,7 @@ from behavior_pipeline.downstream.statistics import (
     Estimate,
     estimate_accuracy,
     estimate_auroc,
+    estimate_average_precision,
     estimate_macro_recall,
     mean_estimate,
     resample_counts,
@@ -34,10 +35,17 @@ from behavior_pipeline.settings import Settings
 from behavior_pipeline.storage import Storage
 
 AUROC: Final = "auroc"
+AVERAGE_PRECISION: Final = "average_precision"
 ACCURACY: Final = "accuracy"
 MACRO_RECALL: Final = "macro_recall"
 
 Floats = NDArray[np.float64]
+
+BINARY_METRICS: Final[dict[str, Callable[[NDArray[np.bool_], Floats, Counts], Estimate]]] = {
+    AUROC: estimate_auroc,
+    AVERAGE_PRECISION: estimate_average_precision,
+}
+"""Metrics of a target that a user meets or not, all on the same resamples."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +155,16 @@ def _measures(
         for metric, estimate in _class_estimates(actual, hits, counts):
             yield measure(NEXT_ACTION_TARGET, metric, estimate, None)
         return
-    estimates = [
-        estimate_auroc(y, p[:, 1], counts)
-        for y, p in zip(task.test_labels, probabilities, strict=True)
-    ]
     rates = [float(y.mean()) for y in task.test_labels]
-    for target, estimate, rate in zip(task.targets, estimates, rates, strict=True):
-        yield measure(target, AUROC, estimate, rate)
-    if task.name == "propensity":
-        yield measure(MACRO_TARGET, AUROC, mean_estimate(estimates), float(np.mean(rates)))
+    for metric, estimated in BINARY_METRICS.items():
+        estimates = [
+            estimated(y, p[:, 1], counts)
+            for y, p in zip(task.test_labels, probabilities, strict=True)
+        ]
+        for target, estimate, rate in zip(task.targets, estimates, rates, strict=True):
+            yield measure(target, metric, estimate, rate)
+        if task.name == "propensity":
+            yield measure(MACRO_TARGET, metric, mean_estimate(estimates), float(np.mean(rates)))
 
 
 def _class_estimates(

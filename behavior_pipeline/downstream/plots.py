@@ -30,6 +30,8 @@ LIGHT: Final[Colors] = {
     "untrained": "#7a8594",
     "embedding": "#2563c9",
     "rfm-embedding": "#0b7a6b",
+    "aggregates": "#8a6d00",
+    "aggregates-embedding": "#a21caf",
     "rfm": "#b45309",
     "s0": "#2563c9",
     "s1": "#c2570c",
@@ -46,7 +48,13 @@ TOKENS: Final[Colors] = {name: f"#0000{10 + place:02x}" for place, name in enume
 """Stand-ins that matplotlib draws with; each becomes `var(--name)` in the SVG."""
 
 NUM_SEGMENT_COLORS: Final = 8
-LIFT_REPRESENTATIONS: Final = ("untrained", "embedding", "rfm+embedding")
+LIFT_REPRESENTATIONS: Final = (
+    "untrained",
+    "embedding",
+    "rfm+embedding",
+    "aggregates",
+    "aggregates+embedding",
+)
 MARKERS: Final = {"logistic_regression": "o", "gradient_boosting": "s"}
 WIDTH: Final = 4.3  # inches: on a phone's width the text stays readable
 STYLE: Final[Any] = {
@@ -66,13 +74,13 @@ STYLE: Final[Any] = {
 
 def lift_plot(verdicts: Sequence[Verdict], title: str) -> str:
     """Draw the lifts against RFM of one task under each probe, with intervals."""
-    return _svg(f"lift-{title}", (WIDTH, 2.1), lambda ax, c: _draw_lifts(ax, verdicts, title, c))
+    return _svg(f"lift-{title}", (WIDTH, 2.7), lambda ax, c: _draw_lifts(ax, verdicts, title, c))
 
 
 def write_lift_picture(panels: Mapping[str, Sequence[Verdict]], target: Path) -> None:
     """Draw all lifts as one PNG in the light theme."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.5, 2.1 * max(1, len(panels))), facecolor=LIGHT["surface"])
+        figure = Figure(figsize=(6.5, 2.7 * max(1, len(panels))), facecolor=LIGHT["surface"])
         FigureCanvasAgg(figure)
         for place, (title, verdicts) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(len(panels), 1, place)

@@ -20,9 +20,10 @@ from behavior_pipeline.downstream.drift.history import read_history
 from behavior_pipeline.downstream.drift.picture import drift_svg
 from behavior_pipeline.downstream.drift.verdicts import judge_nights
 from behavior_pipeline.downstream.probes import BOOSTING, PENALTIES
-from behavior_pipeline.downstream.representations import BASELINE, CONTROLS
+from behavior_pipeline.downstream.representations import BASELINE, CONTROLS, STRONG_BASELINE
 from behavior_pipeline.downstream.segmentation import MAP_FILE, PROFILES_FILE
 from behavior_pipeline.downstream.verdict import (
+    FURTHER,
     HEADLINES,
     TITLES,
     Score,
@@ -44,7 +45,14 @@ MAX_TRAINING_PLOTS: Final = 6
 NO_TRAINING: Final[dict[str, Any]] = dict.fromkeys(
     ("num_steps", "best_step", "num_parameters", "trained_through")
 )
-COLUMNS: Final = (BASELINE, "embedding", "rfm+embedding", *reversed(CONTROLS))
+COLUMNS: Final = (
+    BASELINE,
+    STRONG_BASELINE,
+    "embedding",
+    "rfm+embedding",
+    "aggregates+embedding",
+    *reversed(CONTROLS),
+)
 """Representations from left to right: the question first, the controls last."""
 
 
@@ -167,6 +175,8 @@ DARK: Final = {
     "untrained": "#95a0b0",
     "embedding": "#79aaff",
     "rfm-embedding": "#4cc9b0",
+    "aggregates": "#d9bb3f",
+    "aggregates-embedding": "#e28cf0",
     "rfm": "#f0a050",
     "s0": "#79aaff",
     "s1": "#f59e5b",
@@ -213,10 +223,10 @@ def _lift_words(verdict: Verdict) -> str:
 
 
 def _headline_rows(comparison: dict[str, Any]) -> list[Verdict]:
-    """Return the headline figures under both probes."""
+    """Return the headline figures, and those beside them, under both probes."""
     return [
         verdict
-        for task, target, metric in HEADLINES
+        for task, target, metric in HEADLINES + FURTHER
         for verdict in probe_verdicts(comparison, task, target, metric)
     ]
 

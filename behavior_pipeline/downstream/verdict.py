@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from behavior_pipeline.downstream.representations import BASELINE
+from behavior_pipeline.downstream.representations import BASELINE, STRONG_BASELINE
 
 HEADLINES: Final = (
     ("churn", "is_churned", "auroc"),
@@ -19,7 +19,17 @@ HEADLINES: Final = (
 )
 """Task, target and metric of the figures that stand for a comparison."""
 
+FURTHER: Final = (
+    ("churn", "is_churned", "average_precision"),
+    ("propensity", "macro", "average_precision"),
+)
+"""Figures that stand beside the headline ones in tables, without a verdict of their own."""
+
+OUTCOMES: Final = {1: "win", 0: "tie", -1: "loss"}
+
 TITLES: Final = {
+    ("churn", "average_precision"): "Churn (average precision)",
+    ("propensity", "average_precision"): "Propensity (average precision)",
     ("churn", "auroc"): "Churn",
     ("propensity", "auroc"): "Propensity",
     ("next_action", "accuracy"): "Next action (accuracy)",
@@ -48,6 +58,11 @@ class Score:
             return 1
         return -1 if self.ci_high is not None and self.ci_high < 0 else 0
 
+    @property
+    def outcome(self) -> str:
+        """A difference as a win, a tie or a loss."""
+        return OUTCOMES[self.sign]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -57,6 +72,7 @@ class Verdict:
         task, target, metric, probe: what is measured.
         scores: by representation.
         lifts: by representation other than RFM, the paired difference to RFM.
+        further_lifts: by representation other than aggregates, that to aggregates.
     """
 
     task: str
@@ -65,6 +81,7 @@ class Verdict:
     probe: str
     scores: dict[str, Score]
     lifts: dict[str, Score]
+    further_lifts: dict[str, Score]
 
     @property
     def title(self) -> str:
@@ -97,7 +114,8 @@ def probe_verdicts(
             metric,
             probe,
             _by_representation(rows, probe),
-            _by_representation(lifts, probe),
+            _by_representation(lifts, probe, BASELINE),
+            _by_representation(lifts, probe, STRONG_BASELINE),
         )
         for probe in probes
     ]
@@ -108,6 +126,12 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["task"], row["target"], row["metric"]
 
 
-def _by_representation(rows: list[dict[str, Any]], probe: str) -> dict[str, Score]:
-    """Return the scores under one probe."""
-    return {row["representation"]: Score.of(row) for row in rows if row["probe"] == probe}
+def _by_representation(
+    rows: list[dict[str, Any]], probe: str, baseline: str | None = None
+) -> dict[str, Score]:
+    """Return the scores under one probe, or the lifts against one baseline."""
+    return {
+        row["representation"]: Score.of(row)
+        for row in rows
+        if row["probe"] == probe and row.get("baseline") == baseline
+    }

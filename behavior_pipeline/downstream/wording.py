@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from behavior_pipeline.downstream.verdict import Score, Verdict
@@ -12,6 +12,7 @@ NAMES: Final = {
     "untrained": "untrained encoder",
     "rfm": "RFM",
     "embedding": "embedding",
+    "aggregates+embedding": "aggregates + embedding",
     "rfm+embedding": "RFM + embedding",
     "logistic_regression": "logistic regression",
     "gradient_boosting": "gradient boosting",
@@ -22,6 +23,7 @@ NAMES: Final = {
     "macro": "mean of all targets",
     "next_action": "next action",
     "auroc": "AUROC",
+    "average_precision": "average precision",
     "macro_recall": "macro recall",
 }
 DASH: Final = "\N{EN DASH}"
@@ -60,39 +62,57 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def headline_sentence(verdicts: Sequence[Verdict]) -> str:
-    """Say where RFM with the embedding beats RFM alone, and where it does not."""
+    """Say where RFM with the embedding beats RFM alone, and aggregates with it aggregates alone."""
     tasks = [verdict for verdict in verdicts if verdict.metric != "macro_recall"]
     if not tasks:
         return "Nothing could be measured on these events."
-    by_sign = {
-        sign: [
-            in_words(verdict.task)
-            for verdict in tasks
-            if verdict.task != "segments" and verdict.lifts["rfm+embedding"].sign == sign
-        ]
-        for sign in SIGNS
+    told = [verdict for verdict in tasks if verdict.task != "segments"]
+    if not told:
+        return "Only segments were measured."
+    to_rfm = {verdict.task: verdict.lifts["rfm+embedding"] for verdict in told}
+    to_aggregates = {
+        verdict.task: verdict.further_lifts["aggregates+embedding"] for verdict in told
     }
+    return f"{_added('RFM', to_rfm)} {_added('aggregates', to_aggregates)}"
+
+
+def _added(baseline: str, lifts: Mapping[str, Score]) -> str:
+    """Say on which tasks the embedding adds to a baseline."""
     phrases = {
-        1: "beats RFM alone on {}",
-        -1: "does worse than RFM alone on {}",
+        1: f"beats {baseline} alone on {{}}",
+        -1: f"does worse than {baseline} alone on {{}}",
         0: "makes no clear difference on {}",
     }
+    by_sign = {
+        sign: [in_words(task) for task, lift in lifts.items() if lift.sign == sign]
+        for sign in SIGNS
+    }
     told = [text.format(joined(by_sign[sign])) for sign, text in phrases.items() if by_sign[sign]]
-    return (
-        f"RFM with the embedding {'; it '.join(told)}." if told else "Only segments were measured."
-    )
+    name = baseline[0].upper() + baseline[1:]
+    are = "; it ".join(told)
+    return f"{name} with the embedding {are}."
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Say what the embedding adds on one task."""
-    parts = [
-        f"{in_words(name)} {number(verdict.scores[name].value)} ({signed(lift.value)}, "
-        f"95 % interval {signed_interval(lift)}: {SIGNS[lift.sign]})"
-        for name, lift in verdict.lifts.items()
-        if name in {"embedding", "rfm+embedding"}
-    ]
-    baseline = number(verdict.scores["rfm"].value)
-    return f"RFM {baseline}; {'; '.join(parts)}; under {in_words(verdict.probe)}."
+    """Say what the embedding adds on one task to RFM, and to aggregates."""
+    to_rfm = _lift_words(verdict, verdict.lifts, ("embedding", "rfm+embedding"))
+    to_aggregates = _lift_words(
+        verdict, verdict.further_lifts, ("embedding", "aggregates+embedding")
+    )
+    rfm, aggregates = (number(verdict.scores[name].value) for name in ("rfm", "aggregates"))
+    return (
+        f"RFM {rfm}; {to_rfm}; under {in_words(verdict.probe)}. "
+        f"Against aggregates ({aggregates}): {to_aggregates}."
+    )
+
+
+def _lift_words(verdict: Verdict, lifts: Mapping[str, Score], names: Sequence[str]) -> str:
+    """Say how far some representations stand from a baseline."""
+    return "; ".join(
+        f"{in_words(name)} {number(verdict.scores[name].value)} ({signed(lifts[name].value)}, "
+        f"95 % interval {signed_interval(lifts[name])}: {SIGNS[lifts[name].sign]})"
+        for name in names
+    )
 
 
 def control_sentence(verdicts: Sequence[Verdict]) -> str:

@@ -75,7 +75,9 @@ def relabel(storage: Storage, change: object) -> None:
 def test_every_representation_is_judged_on_every_task(comparison: dict) -> None:
     for task, target, metric in [
         ("churn", "is_churned", "auroc"),
+        ("churn", "is_churned", "average_precision"),
         ("propensity", "books", "auroc"),
+        ("propensity", "macro", "average_precision"),
         ("propensity", "macro", "auroc"),
         ("next_action", "next_event_type", "accuracy"),
         ("next_action", "next_event_type", "macro_recall"),
@@ -111,7 +113,12 @@ def test_what_decides_the_labels_wins_and_chance_stays_chance(comparison: dict) 
 
 
 def test_macro_is_the_mean_of_the_measured_targets(comparison: dict) -> None:
-    wanted = {"task": "propensity", "representation": "rfm", "probe": "gradient_boosting"}
+    wanted = {
+        "task": "propensity",
+        "representation": "rfm",
+        "probe": "gradient_boosting",
+        "metric": "auroc",
+    }
     each = [
         row["value"] for target in TARGETS[:2] for row in rows(comparison, target=target, **wanted)
     ]
@@ -119,14 +126,18 @@ def test_macro_is_the_mean_of_the_measured_targets(comparison: dict) -> None:
     assert macro["value"] == pytest.approx(np.mean(each), abs=1e-6)
 
 
-def test_lift_is_the_difference_to_rfm_under_the_same_probe(comparison: dict) -> None:
-    assert {row["representation"] for row in comparison["lifts"]} == set(REPRESENTATIONS) - {"rfm"}
+def test_lift_is_the_difference_to_a_baseline_under_the_same_probe(comparison: dict) -> None:
+    for name in ("rfm", "aggregates"):
+        lifts = [row for row in comparison["lifts"] if row["baseline"] == name]
+        assert {row["representation"] for row in lifts} == set(REPRESENTATIONS) - {name}
     for lift in comparison["lifts"]:
         same = {name: lift[name] for name in ("task", "target", "probe", "metric")}
         ours = rows(comparison, representation=lift["representation"], **same)[0]
-        baseline = rows(comparison, representation="rfm", **same)[0]
+        baseline = rows(comparison, representation=lift["baseline"], **same)[0]
         assert lift["value"] == pytest.approx(ours["value"] - baseline["value"], abs=2e-6)
         assert lift["ci_low"] <= lift["ci_high"]
+        is_above, is_below = lift["ci_low"] > 0, lift["ci_high"] < 0
+        assert lift["verdict"] == ("win" if is_above else "loss" if is_below else "tie")
 
 
 def test_a_target_that_nobody_takes_is_left_out_with_the_reason(comparison: dict) -> None:
@@ -226,7 +237,8 @@ def test_the_sample_of_users_is_stable_and_capped(home: Storage) -> None:
 def test_vectors_belong_to_their_users_and_the_reserved_user_is_nobody(home: Storage) -> None:
     users = load_population(home, small_settings(), TRAIN, [])
     assert COLD_START_USER not in users.user_ids.to_pylist()
-    representations, checkpoint = build_representations(home, users, seed=0)
+    features = np.zeros((len(users), 3))
+    representations, checkpoint = build_representations(home, users, features, seed=0)
     assert checkpoint == CHECKPOINT
     table = pa.concat_tables(
         pq.read_table(path) for path in sorted(home.embeddings(TRAIN).glob("*.parquet"))
@@ -279,7 +291,7 @@ def test_terminal_table_fits_eighty_columns_and_says_it_is_simulated(comparison:
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "simulated" in text
     assert "…" not in text
-    for row in rows(comparison, task="churn"):
+    for row in rows(comparison, task="churn", metric="auroc"):
         assert f"{row['value']:.3f}".removeprefix("0") in text
 
 
@@ -287,7 +299,7 @@ def test_headline_holds_plain_numbers(comparison: dict) -> None:
     figures = headline(comparison)
     assert figures["checkpoint_id"] == CHECKPOINT
     assert figures["churn auroc, rfm"] == max(
-        row["value"] for row in rows(comparison, task="churn", representation="rfm")
+        row["value"] for row in rows(comparison, task="churn", metric="auroc", representation="rfm")
     )
 
 

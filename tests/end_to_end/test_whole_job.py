@@ -24,7 +24,10 @@ from behavior_pipeline.storage import read_json
 
 from .conftest import FinishedRun
 
-REPRESENTATIONS = {"random", "untrained", "rfm", "embedding", "rfm+embedding"}
+REPRESENTATIONS = {
+    "random", "untrained", "rfm", "aggregates", "embedding", "rfm+embedding",
+    "aggregates+embedding",
+}  # fmt: skip
 PROBES = {"logistic_regression", "gradient_boosting"}
 RESULT_KEYS = {
     "task", "target", "representation", "probe", "metric", "value", "ci_low", "ci_high",
@@ -57,7 +60,9 @@ def test_random_vectors_are_worth_nothing_and_rfm_is_worth_something(
     churn = {
         row["representation"]: row["value"]
         for row in finished.comparison["results"]
-        if row["task"] == "churn" and row["probe"] == "logistic_regression"
+        if row["task"] == "churn"
+        and row["metric"] == "auroc"
+        and row["probe"] == "logistic_regression"
     }
     assert abs(churn["random"] - 0.5) < 0.12
     assert churn["rfm"] > 0.6
