@@ -74,7 +74,7 @@ def segments(
 def comparison(
     context: dg.AssetExecutionContext, pipeline: PipelineResource
 ) -> dg.MaterializeResult[None]:
-    """Churn, propensity, next action and segments: the embedding beside RFM, aggregates, controls."""
+    """Churn, propensity, next action and segments: the embedding beside baselines and controls."""
     night = Night(context, pipeline)
     opened = night.pipeline
     result = compare(

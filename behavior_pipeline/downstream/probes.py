@@ -22,12 +22,12 @@ from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from behavior_pipeline.downstream.blocks import Blocks, stack
+from behavior_pipeline.downstream.boosting import Bins, fit_boosting
 
 ProbeName = Literal["logistic_regression", "gradient_boosting"]
 Floats = NDArray[np.float64]
@@ -127,8 +127,14 @@ def fit_probes(
     """
     columns, penalty = prepare(name, blocks, labels, seed, threads)
     matrix = columns(blocks)
-    models = in_parallel(lambda y: fit_model(name, matrix, y, penalty), labels, threads)
-    return FittedProbes(name, penalty, columns, tuple(models))
+    bins = Bins()
+
+    def fit(target: Labels) -> Any:
+        return fit_model(name, matrix, target, penalty, bins)
+
+    first = in_parallel(fit, labels[:1], 1)  # it makes the bins that the rest share
+    rest = in_parallel(fit, labels[1:], threads)
+    return FittedProbes(name, penalty, columns, (*first, *rest))
 
 
 def prepare(
@@ -170,14 +176,23 @@ def log_loss(model: Any, columns: Floats, labels: Labels) -> float:
     return float(-np.log(chosen.clip(min=MIN_PROBABILITY)).mean())
 
 
-def fit_model(name: ProbeName, columns: Floats, labels: Labels, penalty: float | None) -> Any:
-    """Fit one model on (N, F) columns; one class alone makes a `Constant`."""
+def fit_model(
+    name: ProbeName,
+    columns: Floats,
+    labels: Labels,
+    penalty: float | None,
+    bins: Bins | None = None,
+) -> Any:
+    """Fit one model on (N, F) columns; one class alone makes a `Constant`.
+
+    Boosted models on the same columns may share their `bins`.
+    """
     classes = np.unique(labels)
     if len(classes) == 1:
         return Constant(classes)
     if name == "logistic_regression":
         return LogisticRegression(C=penalty, max_iter=1000).fit(columns, labels)
-    return HistGradientBoostingClassifier(**BOOSTING, random_state=0).fit(columns, labels)
+    return fit_boosting(columns, labels, BOOSTING, bins)
 
 
 def in_parallel(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -10,7 +11,7 @@ from sklearn.preprocessing import QuantileTransformer
 from behavior_pipeline.downstream.blocks import Block, Blocks
 from behavior_pipeline.downstream.calibration import brier_score, fit_calibrated, reliability
 from behavior_pipeline.downstream.clusters import fit_clusters
-from behavior_pipeline.downstream.probes import PROBES, Normalizer, ProbeName, fit_probes
+from behavior_pipeline.downstream.probes import BOOSTING, PROBES, Normalizer, ProbeName, fit_probes
 
 RNG = np.random.default_rng(0)
 SEPARABLE = RNG.normal(size=(400, 5))
@@ -116,3 +117,16 @@ def test_clusters_find_clumps_and_name_each_users_nearest() -> None:
 def test_fewer_distinct_users_make_fewer_clusters() -> None:
     same = np.repeat(np.array([[0.0, 1], [2, 3]]), 10, axis=0)
     assert len(fit_clusters(vectors(same), 6, seed=0).centers) == 2
+
+
+def test_boosted_models_that_share_bins_are_those_fitted_one_by_one() -> None:
+    rng = np.random.default_rng(5)
+    columns = rng.normal(size=(300, 4))
+    columns[rng.random(columns.shape) < 0.1] = 0
+    targets = [columns[:, k] + rng.normal(size=300) > 0 for k in range(3)]
+    new = rng.normal(size=(50, 4))
+    fitted = fit_probes("gradient_boosting", (Block("rfm", columns),), targets, 0, 2)
+    shared = fitted.predict((Block("rfm", new),))
+    for target, found in zip(targets, shared, strict=True):
+        alone = HistGradientBoostingClassifier(**BOOSTING, random_state=0).fit(columns, target)
+        np.testing.assert_array_equal(found, alone.predict_proba(new))
