@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
-    """Columns that are normalized alike.
+    """Columns that are normalized alike; a block is equal to itself alone.
 
     Attributes:
         kind: "rfm" or "aggregates" for heavy-tailed columns, few or many; "vector" for dimensions
@@ -54,7 +54,9 @@ def random_vectors(
 
 
 def take(blocks: Blocks, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Blocks:
-    """Return the blocks of some of the users."""
+    """Return the blocks of some of the users; the very same blocks where that is everyone."""
+    if rows.dtype == np.bool_ and rows.all():
+        return blocks
     return tuple(Block(block.kind, block.values[rows]) for block in blocks)
 
 

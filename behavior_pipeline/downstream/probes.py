@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from behavior_pipeline.downstream.blocks import Blocks, stack
+from behavior_pipeline.downstream.blocks import Block, Blocks, stack
 from behavior_pipeline.downstream.boosting import Bins, fit_boosting
 
 ProbeName = Literal["logistic_regression", "gradient_boosting"]
@@ -50,6 +51,9 @@ BOOSTING: Final = {
     "early_stopping": False,
 }
 
+_SCALES: Final[WeakKeyDictionary[Block, Any]] = WeakKeyDictionary()
+"""Scales of blocks: several representations and tasks read the same one."""
+
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -62,12 +66,7 @@ class Normalizer:
 
     def fit(self, blocks: Blocks) -> Normalizer:
         """Learn the scale of each block from the training users."""
-        self._transformers = [
-            StandardScaler() if block.kind == "vector" else _quantiles(len(block.values))
-            for block in blocks
-        ]
-        for transformer, block in zip(self._transformers, blocks, strict=True):
-            transformer.fit(block.values.astype(np.float64))
+        self._transformers = [_scale(block) for block in blocks]
         return self
 
     def transform(self, blocks: Blocks) -> Floats:
@@ -210,6 +209,15 @@ def in_parallel(
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(alone, items))
+
+
+def _scale(block: Block) -> Any:
+    """Return the scale of a block, learned when it is met first."""
+    if block not in _SCALES:
+        is_vector = block.kind == "vector"
+        scale = StandardScaler() if is_vector else _quantiles(len(block.values))
+        _SCALES[block] = scale.fit(block.values.astype(np.float64))
+    return _SCALES[block]
 
 
 def _quantiles(num_users: int) -> QuantileTransformer:
