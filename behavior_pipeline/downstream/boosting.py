@@ -27,6 +27,7 @@ class SharingClassifier(HistGradientBoostingClassifier):  # type: ignore[misc] #
     """The classifier on columns whose bins other classifiers on the same columns share."""
 
     _bins: Bins
+    _bin_mapper: Any
 
     def _bin_data(self, *given: Any, is_training_data: bool) -> Any:
         """Return the columns as bins: the shared ones if there are."""
