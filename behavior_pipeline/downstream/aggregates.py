@@ -37,7 +37,8 @@ def load_aggregates(
         PipelineError: if neither the mart nor the events have every user.
     """
     users = population.user_ids
-    mart = pq.read_table(require_mart(storage, population.cutoff, "user_aggregates"))
+    path = require_mart(storage, population.cutoff, "user_aggregates")
+    mart = pq.read_table(path, filters=pc.field("user_id").isin(users))
     if not _has_all(mart, users):
         mart = aggregates_at(storage, settings, preset, windows, population.cutoff, users)
     if not _has_all(mart, users):

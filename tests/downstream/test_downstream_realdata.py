@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from downstream_builders import preset, write_mart, write_vectors
+from downstream_builders import preset, write_aggregates, write_mart, write_vectors
 
 from behavior_pipeline.contracts import (
     LABELS,
@@ -81,6 +81,7 @@ def write_cutoff(storage: Storage, shop: duckdb.DuckDBPyConnection, cutoff: date
             contract.schema.empty_table(), storage.marts(cutoff) / f"{contract.name}.parquet"
         )
     vectors = np.random.default_rng(0).normal(size=(len(users), 8))
+    write_aggregates(storage.marts(cutoff), cutoff, users, vectors[:, 0])
     write_vectors(storage.embeddings(cutoff), users, vectors, cutoff)
     write_vectors(storage.control_embeddings(cutoff), users, vectors, cutoff, "untrained")
 
