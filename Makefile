@@ -30,7 +30,7 @@ demo: setup  ## raw simulated events become published embeddings and a report
 
 # Where the tests write: in memory if there is room, for the thousands of commits of Dagster's runs
 # each wait for a disk.
-IN_MEMORY := $(shell test $$(df --output=avail /dev/shm 2>/dev/null | tail -1 || echo 0) -gt 8000000 \
+IN_MEMORY = $(shell test $$(df --output=avail /dev/shm 2>/dev/null | tail -1 || echo 0) -gt 8000000 \
   2>/dev/null && echo --tmpdir=/dev/shm)
 
 test: setup  ## run the tests, two workers, a core each

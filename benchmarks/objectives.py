@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from figures import measured
 from kept_results import KeptResults, Result, cell, mean_and_spread, table
-from quality_data import Cut, Prepared
+from quality_data import Cut, Prepared, PreparedFolder
 
 from behavior_pipeline.downstream.blocks import Block, Blocks, random_vectors
 from behavior_pipeline.downstream.probes import PROBES, fit_probes
@@ -178,7 +178,8 @@ def measure_variant(bench: Bench, name: str, seed: int) -> Result:
     folder = bench.given.out / "checkpoints" / f"{name}-{seed}"
     summary = train(
         bench.data.sequences("train"), bench.data.vocabulary, folder,
-        training_config(bench, name, seed), report=tell_steps(name, seed), unfinished="discard",
+        training_config(bench.given, bench.variants[name], seed, bench.data, bench.device),
+        report=tell_steps(name, seed), unfinished="discard",
     )  # fmt: skip
     encoder = load_checkpoint(summary.folder, str(bench.device)).encoder
     before, after = (Block("vector", values) for values in bench.vectors(encoder))
@@ -191,20 +192,25 @@ def measure_variant(bench: Bench, name: str, seed: int) -> Result:
     return {**result, **facts, "seconds": round(summary.seconds, 1)}
 
 
-def training_config(bench: Bench, name: str, seed: int) -> TrainingConfig:
-    """Return how a variant is trained; --steps are taken whatever the passes over the data."""
-    given = bench.given
+def training_config(
+    given: argparse.Namespace,
+    weights: ObjectiveWeights,
+    seed: int,
+    data: PreparedFolder,
+    device: torch.device,
+) -> TrainingConfig:
+    """Return how an encoder is trained; --steps are taken whatever the passes over the data."""
     return TrainingConfig.named(
         given.preset,
         seed=seed,
-        weights=bench.variants[name],
+        weights=weights,
         max_steps=given.steps,
         max_passes=ALL_PASSES if given.steps else None,
         batch_tokens=given.batch_tokens,
-        horizon_days=float(bench.data.about["horizon_days"]),
+        horizon_days=float(data.about["horizon_days"]),
         device=given.device,
         compile=given.compile,
-        threads=given.threads if bench.device.type == "cpu" else None,
+        threads=given.threads if device.type == "cpu" else None,
     )
 
 

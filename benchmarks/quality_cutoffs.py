@@ -7,18 +7,16 @@ so nothing that happened at or after a moment reaches what is computed at it.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from quality_data import Cut, read_population
+from quality_data import Cut, PreparedFolder, read_population
 
 from behavior_pipeline.contracts import SEQUENCES
 from behavior_pipeline.downstream.tasks import Task, churn_task, propensity_task
@@ -36,31 +34,13 @@ Pair = tuple[datetime, datetime]
 
 
 @dataclass(frozen=True)
-class Moments:
-    """A prepared folder: users, features and labels at every moment, and sequences.
-
-    Attributes:
-        folder: where it is.
-        about: source, cutoffs, sizes.
-    """
-
-    folder: Path
-    about: dict[str, Any]
-
-    @classmethod
-    def at(cls, folder: Path) -> Moments:
-        """Open a folder."""
-        return cls(folder, json.loads((folder / "about.json").read_text()))
+class Moments(PreparedFolder):
+    """A prepared folder: users, features and labels at every moment, and sequences."""
 
     @property
     def name(self) -> str:
         """What the data set is called."""
         return str(self.about["source"])
-
-    @property
-    def vocabulary(self) -> Path:
-        """Folder of the vocabulary, which counts up to the earliest train cutoff."""
-        return self.folder / "vocabulary"
 
     @property
     def trained_through(self) -> datetime:

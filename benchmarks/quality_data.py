@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -49,8 +49,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A prepared folder.
+class PreparedFolder:
+    """What every prepared folder has.
 
     Attributes:
         folder: where it is.
@@ -61,14 +61,19 @@ class Prepared:
     about: dict[str, Any]
 
     @classmethod
-    def at(cls, folder: Path) -> Prepared:
+    def at(cls, folder: Path) -> Self:
         """Open a folder."""
         return cls(folder, json.loads((folder / "about.json").read_text()))
 
     @property
     def vocabulary(self) -> Path:
-        """Folder of the vocabulary, which counts up to the train cutoff."""
+        """Folder of the vocabulary, which counts up to the earliest train cutoff."""
         return self.folder / "vocabulary"
+
+
+@dataclass(frozen=True)
+class Prepared(PreparedFolder):
+    """A folder of one train and one test cutoff."""
 
     def sequences(self, role: str) -> Path:
         """Folder of the sequences up to the `train` or `test` cutoff, of all users."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from kept_results import Result
+from objectives import tell_steps, training_config
 from quality_cells import PROBE_SEED, Cell, Place, kept_cell, means, write_scores
 from quality_cutoffs import Moments, day_of
 from quality_data import Cut
@@ -27,15 +27,13 @@ from quality_networks import (
 
 from behavior_pipeline.encoder.architecture import Encoder
 from behavior_pipeline.encoder.checkpoints import load_checkpoint, read_vocabulary_facts
-from behavior_pipeline.encoder.configuration import EncoderConfig, TrainingConfig
+from behavior_pipeline.encoder.configuration import EncoderConfig
 from behavior_pipeline.encoder.parallel import pick_device
 from behavior_pipeline.encoder.sequence_files import read_table
 from behavior_pipeline.encoder.train import train
-from behavior_pipeline.encoder.training_run import Report
 
 END_TO_END = "end_to_end"
 VECTORS = ("untrained", "embedding", "coles")
-ALL_PASSES = 1e9  # the number of steps was asked for: passes do not bound it
 
 Arrays = dict[str, np.ndarray]
 """By day of a cutoff the (N, D) vectors of its users."""
@@ -95,8 +93,9 @@ class Maker:
         folder = self.place.out / f"training-{seed}"
         sequences = self.data.write_training_sequences(folder / "sequences")
         summary = train(
-            sequences, self.data.vocabulary, folder / "checkpoints", self._config(seed),
-            report=tell_steps(f"{self.data.name}, seed {seed}"), unfinished="discard",
+            sequences, self.data.vocabulary, folder / "checkpoints",
+            training_config(self.given, self.given.weights, seed, self.data, self.device),
+            report=tell_steps(self.data.name, seed), unfinished="discard",
         )  # fmt: skip
         checkpoint = load_checkpoint(summary.folder, str(self.device))
         if checkpoint.trained_through > self.data.trained_through:
@@ -104,22 +103,6 @@ class Maker:
         arrays = self._embedded(checkpoint.encoder)
         shutil.rmtree(folder)
         return arrays, {"num_steps": summary.num_steps, "best_step": summary.best_step}
-
-    def _config(self, seed: int) -> TrainingConfig:
-        """Return how our encoder is trained."""
-        given = self.given
-        return TrainingConfig.named(
-            given.preset,
-            seed=seed,
-            weights=given.weights,
-            max_steps=given.steps,
-            max_passes=ALL_PASSES if given.steps else None,
-            batch_tokens=given.batch_tokens,
-            horizon_days=float(self.data.about["horizon_days"]),
-            device=given.device,
-            compile=given.compile,
-            threads=given.threads if self.device.type == "cpu" else None,
-        )
 
     def _embedded(self, encoder: Encoder) -> Arrays:
         """Return embeddings at all moments."""
@@ -167,15 +150,3 @@ def training_of(given: argparse.Namespace) -> dict[str, object]:
         "preset": given.preset, "steps": given.steps, "batch_tokens": given.batch_tokens,
         "weights": asdict(given.weights), "probe_seed": PROBE_SEED,
     }  # fmt: skip
-
-
-def tell_steps(name: str, every: int = 100) -> Report:
-    """Return what says on the error stream how far a training is, and after how long."""
-    began = time.perf_counter()
-
-    def report(done: int, total: int, message: str) -> None:
-        if done % every == 0:
-            spent = f"{time.perf_counter() - began:.0f} s"
-            print(f"{name}: {done}/{total} {spent} {message}", file=sys.stderr, flush=True)
-
-    return report

@@ -128,7 +128,8 @@ def _fit_pages(store: FeatureStore, table: str, columns: pa.Schema) -> None:
             connection.execute("PRAGMA journal_mode = DELETE")  # write-ahead mode fixes the size
             connection.execute(f"PRAGMA page_size = {wanted}")
             connection.execute("VACUUM")
-        connection.execute("PRAGMA journal_mode = WAL")
+        with suppress(sqlite3.OperationalError):  # locked meanwhile: the next to connect waits
+            connection.execute("PRAGMA journal_mode = WAL")
 
 
 class _Mover:
